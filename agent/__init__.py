@@ -1,0 +1,1 @@
+"""The daemon on a host: gRPC services, container lifecycle, networks, images."""
