@@ -1,0 +1,1 @@
+"""Generated from proto/migrator/v1 by scripts/generate."""

@@ -1,0 +1,209 @@
+from migrator.v1 import container_pb2 as _container_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENCODING_UNSPECIFIED: _ClassVar[Encoding]
+    ENCODING_PLAIN: _ClassVar[Encoding]
+    ENCODING_ZEROS: _ClassVar[Encoding]
+    ENCODING_ZSTD: _ClassVar[Encoding]
+
+class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECISION_UNSPECIFIED: _ClassVar[Decision]
+    DECISION_RELEASED: _ClassVar[Decision]
+    DECISION_ABORTED: _ClassVar[Decision]
+
+class Ownership(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OWNERSHIP_UNSPECIFIED: _ClassVar[Ownership]
+    OWNERSHIP_OWNER: _ClassVar[Ownership]
+    OWNERSHIP_REFUSED: _ClassVar[Ownership]
+ENCODING_UNSPECIFIED: Encoding
+ENCODING_PLAIN: Encoding
+ENCODING_ZEROS: Encoding
+ENCODING_ZSTD: Encoding
+DECISION_UNSPECIFIED: Decision
+DECISION_RELEASED: Decision
+DECISION_ABORTED: Decision
+OWNERSHIP_UNSPECIFIED: Ownership
+OWNERSHIP_OWNER: Ownership
+OWNERSHIP_REFUSED: Ownership
+
+class ExamineRequest(_message.Message):
+    __slots__ = ("container", "spec", "kernel", "cpu_flags", "criu_version", "memory_bytes", "disk_bytes")
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FIELD_NUMBER: _ClassVar[int]
+    CPU_FLAGS_FIELD_NUMBER: _ClassVar[int]
+    CRIU_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    spec: _container_pb2.ContainerSpec
+    kernel: str
+    cpu_flags: _containers.RepeatedScalarFieldContainer[str]
+    criu_version: str
+    memory_bytes: int
+    disk_bytes: int
+    def __init__(self, container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., kernel: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., criu_version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+
+class Objection(_message.Message):
+    __slots__ = ("reason", "message")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ExamineResponse(_message.Message):
+    __slots__ = ("host", "objections", "kernel", "criu_version", "features")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FIELD_NUMBER: _ClassVar[int]
+    CRIU_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    objections: _containers.RepeatedCompositeFieldContainer[Objection]
+    kernel: str
+    criu_version: str
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, host: _Optional[str] = ..., objections: _Optional[_Iterable[_Union[Objection, _Mapping]]] = ..., kernel: _Optional[str] = ..., criu_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("migration", "epoch", "container", "spec", "state", "stdio", "features", "create_time_ms", "start_time_ms")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STDIO_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    container: str
+    spec: _container_pb2.ContainerSpec
+    state: _container_pb2.ContainerState
+    stdio: _containers.RepeatedScalarFieldContainer[str]
+    features: _containers.RepeatedScalarFieldContainer[str]
+    create_time_ms: int
+    start_time_ms: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[_container_pb2.ContainerState, str]] = ..., stdio: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ..., create_time_ms: _Optional[int] = ..., start_time_ms: _Optional[int] = ...) -> None: ...
+
+class PrepareResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SendRequest(_message.Message):
+    __slots__ = ("migration", "epoch", "target", "offset", "length", "encoding", "data", "checksum")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    target: str
+    offset: int
+    length: int
+    encoding: Encoding
+    data: bytes
+    checksum: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class SendResponse(_message.Message):
+    __slots__ = ("pieces", "bytes")
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    pieces: int
+    bytes: int
+    def __init__(self, pieces: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class HoldTrafficRequest(_message.Message):
+    __slots__ = ("migration", "epoch")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class HoldTrafficResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RestoreRequest(_message.Message):
+    __slots__ = ("migration", "epoch", "digests")
+    class DigestsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    digests: _containers.ScalarMap[str, bytes]
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., digests: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class RestoreResponse(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[TimedStep]
+    def __init__(self, steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ...) -> None: ...
+
+class TimedStep(_message.Message):
+    __slots__ = ("name", "duration_ms")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    duration_ms: float
+    def __init__(self, name: _Optional[str] = ..., duration_ms: _Optional[float] = ...) -> None: ...
+
+class DecideRequest(_message.Message):
+    __slots__ = ("migration", "epoch", "decision")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    decision: Decision
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
+
+class DecideResponse(_message.Message):
+    __slots__ = ("ownership", "resume_ms", "steps")
+    OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
+    RESUME_MS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ownership: Ownership
+    resume_ms: float
+    steps: _containers.RepeatedCompositeFieldContainer[TimedStep]
+    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ...) -> None: ...
+
+class GetDecisionRequest(_message.Message):
+    __slots__ = ("migration", "epoch")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class GetDecisionResponse(_message.Message):
+    __slots__ = ("decision",)
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    decision: Decision
+    def __init__(self, decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
