@@ -40,9 +40,11 @@ class Outgoings:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def begin(self, migration: str, container: str, destination: str) -> Outgoing:
+    def begin(self, migration: str, container: str, destination: str, above: int) -> Outgoing:
         with self._database.transaction() as cursor:
-            record = Outgoing(migration, container, destination, _next_epoch(cursor, container))
+            epoch = max(_epoch(cursor, container), above) + 1
+            cursor.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (container, epoch))
+            record = Outgoing(migration, container, destination, epoch)
             cursor.execute(
                 "INSERT INTO outgoing (migration, container, destination, epoch, decision) VALUES (?, ?, ?, ?, ?)",
                 (migration, container, destination, record.epoch, record.decision),
@@ -87,6 +89,11 @@ class Incomings:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def last_epoch(self, container: str) -> int:
+        """The highest epoch that a container of this name has had here; 0 if none."""
+        rows = self._database.rows("SELECT epoch FROM epochs WHERE container = ?", container)
+        return int(rows[0]["epoch"]) if rows else 0
 
     def begin(self, migration: str, container: str, source: str, epoch: int) -> Incoming:
         record = Incoming(migration, container, source, epoch)
@@ -137,12 +144,6 @@ class Incomings:
 def _epoch(cursor: Cursor, container: str) -> int:
     row = cursor.execute("SELECT epoch FROM epochs WHERE container = ?", (container,)).fetchone()
     return int(row["epoch"]) if row else 0
-
-
-def _next_epoch(cursor: Cursor, container: str) -> int:
-    epoch = _epoch(cursor, container) + 1
-    cursor.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (container, epoch))
-    return epoch
 
 
 def _outgoing(row: Row) -> Outgoing:

@@ -135,8 +135,8 @@ def refuse(record: Incoming) -> Incoming:
 class OutgoingJournal(Protocol):
     """Durable records of the source: `update` applies one of the functions above in a transaction of its own."""
 
-    def begin(self, migration: str, container: str, destination: str) -> Outgoing:
-        """A new record with the next epoch of this container."""
+    def begin(self, migration: str, container: str, destination: str, above: int) -> Outgoing:
+        """A new record; its epoch is above every one this host knows for the container, and above `above`."""
 
     def get(self, migration: str) -> Outgoing | None:
         """The record as it is on the disk."""

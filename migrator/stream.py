@@ -1,0 +1,195 @@
+"""Pieces on the wire: what is sent of volumes, images and logs, compressed where it pays, checked at the other end.
+
+A stream is a sequence of `SendRequest`, each a piece of one target at one offset. Zeros travel as a length. Both ends
+fold every piece into a running digest per target, so that the end compares what was stored with what was meant.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import xxhash
+import zstandard
+
+from blockdev.blocks import Piece
+from migrator.errors import PeerError
+from migrator.v1 import peer_pb2
+
+MAX_PIECE_BYTES = 1 << 20
+ZSTD_LEVEL = 1
+# A piece that zstd does not shrink below this part of its size travels plain.
+WORTH_SENDING_COMPRESSED = 0.9
+
+
+class TargetDigest:
+    """XXH3-128 over the pieces of one target in the order they were sent: offset, length, bytes (none for zeros)."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, piece: Piece, checksum: int) -> None:
+        """Fold one piece in by its own checksum, so that its bytes are read once."""
+        self._hash.update(b"%d %d %d;" % (piece.offset, piece.length, checksum))
+
+    def digest(self) -> bytes:
+        """16 bytes."""
+        return self._hash.digest()
+
+
+class Digests:
+    """The digests of all targets of one migration; several streams may add at once, each to targets of its own."""
+
+    def __init__(self) -> None:
+        self._targets: dict[str, TargetDigest] = {}
+        self._lock = threading.Lock()
+
+    def of(self, target: str) -> TargetDigest:
+        """The digest of this target, begun if need be."""
+        with self._lock:
+            return self._targets.setdefault(target, TargetDigest())
+
+    def all(self) -> dict[str, bytes]:
+        """Target to digest."""
+        with self._lock:
+            return {target: digest.digest() for target, digest in self._targets.items()}
+
+
+@dataclass
+class Meter:
+    """What went out: bytes at the target, and bytes on the wire. `pace` limits the wire to a rate."""
+
+    limit_bytes_per_s: int = 0
+    content_bytes: dict[str, int] = field(default_factory=dict)
+    wire_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _due: float = 0.0
+
+    def count(self, target: str, content: int, wire: int) -> None:
+        """Add one piece, and sleep as long as the bandwidth limit asks for."""
+        kind = target.partition("/")[0]
+        with self._lock:
+            self.content_bytes[kind] = self.content_bytes.get(kind, 0) + content
+            self.wire_bytes += wire
+            if not self.limit_bytes_per_s:
+                return
+            now = time.monotonic()
+            self._due = max(self._due, now) + wire / self.limit_bytes_per_s
+            wait = self._due - now
+        if wait > 0:
+            time.sleep(wait)
+
+
+class Compression:
+    """Decides piece by piece whether zstd makes the link faster, from what both have measured lately.
+
+    Compressing pays if the link needs longer for the bytes that zstd takes away than zstd needs for the piece.
+    """
+
+    PROBE_EVERY = 16
+
+    def __init__(self) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        self._link_bytes_per_s = 0.0
+        self._zstd_bytes_per_s = 0.0
+        self._saved_part = 0.0
+        self._pieces = 0
+
+    def link(self, wire_bytes: int, seconds: float) -> None:
+        """The link took this long to accept these bytes."""
+        if seconds > 0:
+            self._link_bytes_per_s = _smooth(self._link_bytes_per_s, wire_bytes / seconds)
+
+    def pays(self) -> bool:
+        """Whether to try zstd on the next piece; every 16th is tried anyway, so that the estimate stays alive."""
+        self._pieces += 1
+        if not self._zstd_bytes_per_s or not self._link_bytes_per_s or self._pieces % self.PROBE_EVERY == 0:
+            return True
+        return self._saved_part / self._link_bytes_per_s > 1 / self._zstd_bytes_per_s
+
+    def compress(self, data: bytes | memoryview) -> bytes | None:
+        """The compressed piece, or None if it is not worth it."""
+        began = time.perf_counter()
+        packed = self._compressor.compress(data)
+        elapsed = time.perf_counter() - began
+        self._zstd_bytes_per_s = _smooth(self._zstd_bytes_per_s, len(data) / max(elapsed, 1e-9))
+        self._saved_part = _smooth(self._saved_part, 1 - len(packed) / len(data))
+        return packed if len(packed) < WORTH_SENDING_COMPRESSED * len(data) else None
+
+
+def _smooth(old: float, new: float) -> float:
+    return new if not old else 0.8 * old + 0.2 * new
+
+
+class Sender:
+    """Makes the requests of one `Send` stream."""
+
+    def __init__(self, migration: str, epoch: int, digests: Digests, meter: Meter) -> None:
+        self._migration = migration
+        self._epoch = epoch
+        self._digests = digests
+        self._meter = meter
+        self._compression = Compression()
+
+    def requests(self, target: str, pieces: Iterable[Piece]) -> Iterator[peer_pb2.SendRequest]:
+        """The pieces of one target, each at most MAX_PIECE_BYTES long unless it is zeros."""
+        digest = self._digests.of(target)
+        for piece in pieces:
+            request = self._request(target, piece)
+            digest.add(piece, request.checksum)
+            wire = len(request.data) + len(target) + 64
+            self._meter.count(target, piece.length, wire)
+            began = time.perf_counter()
+            yield request
+            self._compression.link(wire, time.perf_counter() - began)
+
+    def _request(self, target: str, piece: Piece) -> peer_pb2.SendRequest:
+        request = peer_pb2.SendRequest(
+            migration=self._migration, epoch=self._epoch, target=target, offset=piece.offset, length=piece.length
+        )
+        if piece.data is None:
+            request.encoding = peer_pb2.ENCODING_ZEROS
+            return request
+        request.checksum = xxhash.xxh3_64_intdigest(piece.data)
+        packed = self._compression.compress(piece.data) if self._compression.pays() else None
+        request.encoding = peer_pb2.ENCODING_PLAIN if packed is None else peer_pb2.ENCODING_ZSTD
+        request.data = bytes(piece.data) if packed is None else packed
+        return request
+
+
+class Receiver:
+    """Turns requests back into pieces, trusting nothing in them."""
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def piece(self, request: peer_pb2.SendRequest) -> Piece:
+        """The piece of one request. Raises PeerError if its length, encoding or checksum is wrong."""
+        data = self._data(request)
+        piece = Piece(request.offset, request.length, data)
+        if request.offset < 0 or request.length <= 0:
+            raise PeerError(f"{request.target}: a piece of {request.length} bytes at {request.offset}")
+        if data is not None and xxhash.xxh3_64_intdigest(data) != request.checksum:
+            raise PeerError(f"{request.target}: the piece at {request.offset} arrived damaged", reason="CHECKSUM")
+        self._digests.of(request.target).add(piece, request.checksum)
+        return piece
+
+    def _data(self, request: peer_pb2.SendRequest) -> bytes | None:
+        if request.encoding == peer_pb2.ENCODING_ZEROS:
+            if request.data or request.checksum:
+                raise PeerError(f"{request.target}: zeros that carry bytes")
+            return None
+        if request.length > MAX_PIECE_BYTES:
+            raise PeerError(f"{request.target}: a piece of {request.length} bytes; {MAX_PIECE_BYTES} is the limit")
+        data = request.data
+        if request.encoding == peer_pb2.ENCODING_ZSTD:
+            try:
+                data = self._decompressor.decompress(data, max_output_size=MAX_PIECE_BYTES, allow_extra_data=False)
+            except zstandard.ZstdError as error:
+                raise PeerError(f"{request.target}: the piece at {request.offset} cannot be unpacked: {error}") from error
+        elif request.encoding != peer_pb2.ENCODING_PLAIN:
+            raise PeerError(f"{request.target}: unknown encoding {request.encoding}")
+        if len(data) != request.length:
+            raise PeerError(f"{request.target}: {len(data)} bytes at {request.offset} instead of {request.length}")
+        return data
