@@ -6,7 +6,7 @@ fold every piece into a running digest per target, so that the end compares what
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import xxhash
@@ -124,7 +124,11 @@ def _smooth(old: float, new: float) -> float:
 class Sender:
     """Makes the requests of one `Send` stream."""
 
-    def __init__(self, migration: str, epoch: int, digests: Digests, meter: Meter) -> None:
+    def __init__(
+        self, migration: str, epoch: int, digests: Digests, meter: Meter, sent: Callable[[], None] = lambda: None
+    ) -> None:
+        """`sent` is called after each piece; what it raises ends the stream."""
+        self._sent = sent
         self._migration = migration
         self._epoch = epoch
         self._digests = digests
@@ -142,6 +146,7 @@ class Sender:
             began = time.perf_counter()
             yield request
             self._compression.link(wire, time.perf_counter() - began)
+            self._sent()
 
     def _request(self, target: str, piece: Piece) -> peer_pb2.SendRequest:
         request = peer_pb2.SendRequest(
@@ -185,7 +190,10 @@ class Receiver:
         data = request.data
         if request.encoding == peer_pb2.ENCODING_ZSTD:
             try:
-                data = self._decompressor.decompress(data, max_output_size=MAX_PIECE_BYTES, allow_extra_data=False)
+                # The frame says how much memory unpacking takes: it is asked before that is allocated.
+                if zstandard.frame_content_size(data) != request.length:
+                    raise PeerError(f"{request.target}: a frame of another length at {request.offset}")
+                data = self._decompressor.decompress(data, allow_extra_data=False)
             except zstandard.ZstdError as error:
                 raise PeerError(f"{request.target}: the piece at {request.offset} cannot be unpacked: {error}") from error
         elif request.encoding != peer_pb2.ENCODING_PLAIN:

@@ -187,14 +187,16 @@ class DecideRequest(_message.Message):
     def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
 
 class DecideResponse(_message.Message):
-    __slots__ = ("ownership", "resume_ms", "steps")
+    __slots__ = ("ownership", "resume_ms", "total_ms", "steps")
     OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     RESUME_MS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ownership: Ownership
     resume_ms: float
+    total_ms: float
     steps: _containers.RepeatedCompositeFieldContainer[TimedStep]
-    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ...) -> None: ...
+    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ...) -> None: ...
 
 class GetDecisionRequest(_message.Message):
     __slots__ = ("migration", "epoch")

@@ -1,0 +1,143 @@
+"""CRIU at the source: one process, started and waiting before the freeze, dumps a tree by CRIU's own RPC.
+
+After the images are written CRIU is kept waiting in its post-dump notification, with the tasks stopped: only so do the
+links stay that it makes for open files whose name is gone, and its way back is clean: told of a failure, or left alone
+by a dead agent, it takes its links away and lets the tasks go on (into the frozen control group).
+
+`criu swrk FD` (criu.org/RPC) takes a request on a SOCK_SEQPACKET socket. It is started with subprocess, not with
+pycriu's own helper, which forks: forking is unsafe once gRPC has threads.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pycriu import rpc_pb2 as rpc
+
+from migrator.errors import ExecutionError
+
+MESSAGE_BYTES = 1 << 20
+GHOST_LIMIT_BYTES = 1 << 30
+LOG = "dump.log"
+
+
+@dataclass(frozen=True)
+class DumpRequest:
+    """What is dumped and how it is tied to its surroundings."""
+
+    pid: int
+    images: Path
+    root: Path
+    freezer: Path
+    # Key to value of CRIU's external mounts: bind mounts and masked files.
+    external_mounts: Mapping[str, str] = field(default_factory=dict)
+    network_namespace_inode: int = 0
+
+
+class Criu:
+    """A waiting CRIU process; use as a context manager. At the end it rolls back, unless the tasks are dead by then."""
+
+    ROLLBACK_S = 5.0
+
+    def __init__(self, program: str, environment: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [program, "swrk", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        self._socket = ours
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._socket.close()
+        try:
+            self._process.wait(self.ROLLBACK_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    @property
+    def pid(self) -> int:
+        """The CRIU process."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End CRIU at once; what it holds stays as the control group has it."""
+        self._process.kill()
+        self._process.wait()
+
+    def dump(self, request: DumpRequest, timeout_s: float) -> None:
+        """Dump the tree into `request.images` and return with its tasks stopped.
+
+        Raises ExecutionError with the last errors of CRIU's log; the tasks are let go then.
+        """
+        folder = os.open(request.images, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._socket.settimeout(timeout_s)
+            self._socket.send(_dump_message(request, folder).SerializeToString())
+            while (answer := self._receive()).type == rpc.NOTIFY:
+                if answer.notify.script == "post-dump":
+                    return
+                self._socket.send(rpc.criu_req(type=rpc.NOTIFY, notify_success=True).SerializeToString())
+        except OSError as error:
+            raise ExecutionError(f"CRIU went away during the dump: {error}{last_errors(request.images / LOG)}") from error
+        finally:
+            os.close(folder)
+        reason = answer.cr_errmsg or os.strerror(answer.cr_errno)
+        raise ExecutionError(
+            f"CRIU could not dump process {request.pid}: {reason}{last_errors(request.images / LOG)}", reason="DUMP_FAILED"
+        )
+
+    def _receive(self) -> rpc.criu_resp:
+        message = self._socket.recv(MESSAGE_BYTES)
+        if not message:
+            raise ConnectionResetError("it closed its socket")
+        return rpc.criu_resp.FromString(message)
+
+
+def _dump_message(request: DumpRequest, folder: int) -> rpc.criu_req:
+    options = rpc.criu_opts(
+        images_dir_fd=folder,
+        pid=request.pid,
+        root=str(request.root),
+        leave_running=True,
+        tcp_established=True,
+        file_locks=True,
+        evasive_devices=True,
+        link_remap=True,
+        ghost_limit=GHOST_LIMIT_BYTES,
+        freeze_cgroup=str(request.freezer),
+        manage_cgroups=True,
+        manage_cgroups_mode=rpc.IGNORE,
+        # The veth is off the bridge by now: nothing reaches the sockets, so nothing has to be locked.
+        network_lock=rpc.SKIP,
+        notify_scripts=True,
+        log_level=4,
+        log_file=LOG,
+    )
+    if request.network_namespace_inode:
+        options.external.append(f"net[{request.network_namespace_inode}]:extRootNetNS")
+    for key, value in request.external_mounts.items():
+        options.ext_mnt.add(key=key, val=value)
+    return rpc.criu_req(type=rpc.DUMP, opts=options)
+
+
+def last_errors(log: Path) -> str:
+    """The last error lines of a log of CRIU's, for people; empty if there are none."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    errors = [line for line in lines if "Error" in line and "RLIMIT_NOFILE" not in line]
+    return "".join(f"\n  {line}" for line in errors[-3:])

@@ -1,0 +1,316 @@
+"""The destination's end of a migration: a state machine that a stranger's messages drive.
+
+    prepared --restore--> ready --decide(released)--> owner --> settled
+       |                    |
+       +--decide(aborted)---+--> refused --> discarded
+
+A message that does not fit the state is refused and changes nothing. Between `ready` and the source's word this end
+neither runs nor deletes what it holds; it asks. `tend` is that asking, and the end of what nobody wants any more.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+
+from blockdev import blocks
+from blockdev.errors import BlockError
+from migrator.errors import MigratorError, NotFound, PeerError
+from migrator.files import write_file
+from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
+from migrator.ports import ArrivalHost, Reservation
+from migrator.stream import Digests, Receiver
+from migrator.v1 import container_pb2, peer_pb2
+
+# A source that is silent for so long is asked what it has decided.
+SILENCE_S = 3.0
+# Nothing was promised before `ready`: a source that cannot be asked for so long is given up.
+GIVE_UP_S = 15.0
+
+log = structlog.get_logger()
+
+AskSource = Callable[[Incoming], "peer_pb2.Decision"]
+
+
+class Arrival:
+    """One container on its way in."""
+
+    def __init__(self, record: Incoming, reservation: Reservation, journal: IncomingJournal, live: bool) -> None:
+        self.record = record
+        self.heard_at = time.monotonic()
+        self._reservation = reservation
+        self._journal = journal
+        self._live = live
+        self._digests = Digests()
+        self._receiver = Receiver(self._digests)
+        self._lock = threading.RLock()
+        self._streams = 0
+        self._streams_ended = threading.Condition(self._lock)
+        self._volumes: dict[str, tuple[int, int]] = {}
+        self._stack = ExitStack()
+
+    # -- what the source asks for -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Open the volumes and start the restore as far as it goes without images."""
+        for index, path in enumerate(self._reservation.volumes):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._stack.callback(os.close, descriptor)
+            self._volumes[f"volume/{index}"] = descriptor, os.fstat(descriptor).st_size
+        if self._live:
+            self._reservation.warm_up()
+
+    def send(self, requests: Iterator[peer_pb2.SendRequest], first: peer_pb2.SendRequest) -> peer_pb2.SendResponse:
+        """Store one stream; several may run side by side, each with targets of its own."""
+        with self._lock:
+            self._expect(Stage.PREPARED)
+            self._streams += 1
+        answer = peer_pb2.SendResponse()
+        try:
+            request: peer_pb2.SendRequest | None = first
+            while request is not None:
+                self._store(request)
+                answer.pieces += 1
+                answer.bytes += request.length
+                request = next(requests, None)
+        finally:
+            with self._lock:
+                self._streams -= 1
+                self._streams_ended.notify_all()
+        return answer
+
+    def hold_traffic(self) -> None:
+        """Take the container's frames from the network and keep them."""
+        with self._lock:
+            self._expect(Stage.PREPARED)
+            self._reservation.hold_traffic()
+
+    def restore(self, digests: Mapping[str, bytes]) -> dict[str, float]:
+        """Complete, synced, restored and not run: `ready` is durable on return. Milliseconds by step."""
+        steps: dict[str, float] = {}
+        with self._lock:
+            self.heard_at = time.monotonic()
+            if self.record.stage is Stage.READY:
+                return steps
+            self._expect(Stage.PREPARED)
+            if self._streams:
+                raise PeerError("restore while streams are open", reason="OUT_OF_ORDER")
+            ours = self._digests.all()
+            if ours != dict(digests):
+                wrong = sorted(t for t in {*ours, *digests} if ours.get(t) != digests.get(t))
+                raise PeerError(f"what arrived is not what was sent: {', '.join(wrong[:5])}", reason="DIGEST")
+            began = time.monotonic()
+            for descriptor, _ in self._volumes.values():
+                os.fsync(descriptor)
+            self._close_volumes()
+            steps["sync"] = (time.monotonic() - began) * 1000
+            if self._live:
+                began = time.monotonic()
+                self._reservation.mount()
+                steps["mount"] = (time.monotonic() - began) * 1000
+                steps.update(self._reservation.restore())
+            self.record = self._journal.make_ready(self.record.migration)
+        return steps
+
+    def decide(self, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
+        """The source's word. Answers with what is durable here; repeatable."""
+        arrived = time.monotonic()
+        with self._lock:
+            self.heard_at = arrived
+            if decision == peer_pb2.DECISION_ABORTED:
+                self._refuse("the source has aborted")
+            elif decision == peer_pb2.DECISION_RELEASED:
+                self._take(arrived, answer := peer_pb2.DecideResponse())
+                if answer.ownership:
+                    return answer
+            else:
+                raise PeerError(f"decision {decision} is none", reason="OUT_OF_ORDER")
+        return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED)
+
+    # -- what it does by itself -------------------------------------------------------------------------------------
+
+    def tend(self, ask: AskSource) -> None:
+        """To be called every second or so: asks a silent source, and drops what is not wanted any more."""
+        silent_s = time.monotonic() - self.heard_at
+        if silent_s < SILENCE_S or self.record.stage in (Stage.OWNER, Stage.REFUSED):
+            return
+        try:
+            decision = ask(self.record)
+        except MigratorError as error:
+            log.warning("the source does not answer", migration=self.record.migration, reason=str(error))
+            with self._lock:
+                if silent_s > GIVE_UP_S and self.record.stage is Stage.PREPARED:
+                    self._refuse("the source is gone")
+            return
+        if decision == peer_pb2.DECISION_UNSPECIFIED:
+            self.heard_at = time.monotonic()
+        else:
+            self.decide(decision)
+
+    def recover(self) -> None:
+        """After a restart of the agent: go on from the record, or give up what cannot go on."""
+        with self._lock:
+            stage = self.record.stage
+            if stage is Stage.OWNER:
+                self._reservation.run()
+                self._settle()
+            elif stage is Stage.REFUSED:
+                self._discard()
+            elif stage is Stage.PREPARED or (self._live and not self._reservation.is_held()):
+                self._refuse("the agent was restarted")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.record.finished
+
+    # -- details ----------------------------------------------------------------------------------------------------
+
+    def _take(self, arrived: float, answer: peer_pb2.DecideResponse) -> None:
+        """Become the owner if that is possible, and fill in the answer; an empty answer means refused."""
+        if self.record.stage is Stage.OWNER:
+            answer.ownership = peer_pb2.OWNERSHIP_OWNER
+            return
+        if self.record.stage is not Stage.READY or (self._live and not self._reservation.is_held()):
+            self._refuse("there is no restored copy")
+            return
+        self.record = self._journal.own(self.record.migration)
+        answer.ownership = peer_pb2.OWNERSHIP_OWNER
+        try:
+            for name, milliseconds in self._reservation.run().items():
+                answer.steps.add(name=name, duration_ms=milliseconds)
+            answer.resume_ms = (time.monotonic() - arrived) * 1000
+            self._settle()
+        except (MigratorError, BlockError, OSError) as error:
+            # Committed: the source must not run its copy again, whatever went wrong here.
+            log.error("after the handover", migration=self.record.migration, reason=str(error))
+        answer.total_ms = (time.monotonic() - arrived) * 1000
+
+    def _settle(self) -> None:
+        self._reservation.settle()
+        self._finish()
+
+    def _refuse(self, why: str) -> None:
+        if self.record.stage is not Stage.REFUSED:
+            self.record = self._journal.refuse(self.record.migration)
+            log.info("arrival refused", migration=self.record.migration, container=self.record.container, reason=why)
+        self._discard()
+
+    def _discard(self) -> None:
+        self._streams_ended.wait_for(lambda: not self._streams, timeout=GIVE_UP_S)
+        self._close_volumes()
+        self._reservation.discard()
+        self._finish()
+
+    def _finish(self) -> None:
+        self._journal.finish(self.record.migration)
+        self.record = self._journal.get(self.record.migration) or self.record
+
+    def _close_volumes(self) -> None:
+        self._volumes.clear()
+        self._stack.close()
+
+    def _expect(self, stage: Stage) -> None:
+        self.heard_at = time.monotonic()
+        if self.record.stage is not stage:
+            raise HandoverError(f"migration {self.record.migration} is {self.record.stage} here, not {stage}")
+
+    def _store(self, request: peer_pb2.SendRequest) -> None:
+        if request.migration != self.record.migration or request.epoch != self.record.epoch:
+            raise PeerError("a piece of another migration in this stream", reason="OUT_OF_ORDER")
+        self._expect(Stage.PREPARED)
+        kind, _, name = request.target.partition("/")
+        if kind == "volume" and request.target in self._volumes:
+            descriptor, size = self._volumes[request.target]
+            blocks.write(descriptor, self._receiver.piece(request), size)
+        elif kind == "image" and self._live:
+            write_file(self._reservation.images, name, self._receiver.piece(request))
+        elif request.target == "log":
+            log_file = self._reservation.log
+            write_file(log_file.parent, log_file.name, self._receiver.piece(request))
+        else:
+            raise PeerError(f"{request.target!r} is nothing that is expected here", reason="OUT_OF_ORDER")
+
+
+class Arrivals:
+    """All containers on their way to this host; a source may touch only those that it sends."""
+
+    def __init__(self, host: ArrivalHost, journal: IncomingJournal) -> None:
+        self._host = host
+        self._journal = journal
+        self._arrivals: dict[str, Arrival] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> None:
+        """Reserve everything; nothing is left if that fails."""
+        record = self._journal.begin(request.migration, request.container, source, request.epoch)
+        try:
+            reservation = self._host.reserve(request)
+        except BaseException:
+            self._journal.refuse(record.migration)
+            self._journal.finish(record.migration)
+            raise
+        arrival = Arrival(record, reservation, self._journal, is_live(request.state))
+        with self._lock:
+            self._arrivals[record.migration] = arrival
+        try:
+            arrival.prepare()
+        except BaseException:
+            arrival.decide(peer_pb2.DECISION_ABORTED)
+            raise
+
+    def get(self, source: str, migration: str, epoch: int) -> Arrival:
+        """The arrival that a message is about. Raises NotFound also for one that is another source's."""
+        with self._lock:
+            arrival = self._arrivals.get(migration)
+        if arrival is None or arrival.record.source != source or arrival.record.epoch != epoch:
+            raise NotFound(f"no migration {migration} with epoch {epoch} from {source} here", reason="MIGRATION_NOT_FOUND")
+        return arrival
+
+    def decide(self, source: str, request: peer_pb2.DecideRequest) -> peer_pb2.DecideResponse:
+        """As `Arrival.decide`, also about one that is over: then the record answers."""
+        try:
+            return self.get(source, request.migration, request.epoch).decide(request.decision)
+        except NotFound:
+            record = self._journal.get(request.migration)
+            if record is None or record.source != source or record.epoch != request.epoch:
+                raise
+            owner = record.stage is Stage.OWNER
+            if owner and request.decision == peer_pb2.DECISION_ABORTED:
+                raise HandoverError(f"migration {request.migration} is committed here") from None
+            return peer_pb2.DecideResponse(
+                ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED
+            )
+
+    def recover(self, records: list[Incoming]) -> None:
+        """Carry on what a former life of the agent had begun."""
+        for record in records:
+            reservation, state = self._host.reserved(record.migration, record.container)
+            arrival = Arrival(record, reservation, self._journal, is_live(state))
+            with self._lock:
+                self._arrivals[record.migration] = arrival
+            arrival.recover()
+
+    def tend(self, ask: AskSource) -> None:
+        """Look after all of them; to be called every second or so."""
+        with self._lock:
+            arrivals = list(self._arrivals.values())
+        for arrival in arrivals:
+            arrival.tend(ask)
+            if arrival.is_over:
+                with self._lock:
+                    self._arrivals.pop(arrival.record.migration, None)
+
+    def count(self) -> int:
+        """How many are on their way."""
+        with self._lock:
+            return sum(not arrival.is_over for arrival in self._arrivals.values())
+
+
+def is_live(state: "container_pb2.ContainerState") -> bool:
+    """Whether a container in this state has processes to move."""
+    return state in (container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_PAUSED)

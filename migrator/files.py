@@ -1,0 +1,41 @@
+"""Small files of a migration as pieces: CRIU's images and the container's log."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from blockdev.blocks import Piece
+from migrator.errors import PeerError
+from migrator.stream import MAX_PIECE_BYTES
+
+IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
+MAX_FILE_BYTES = 1 << 40
+_ZEROS = bytes(MAX_PIECE_BYTES)
+
+
+def read_file(path: Path) -> Iterator[Piece]:
+    """The file from start to end as it is now; a piece of zeros travels as its length."""
+    with path.open("rb", buffering=0) as file:
+        at = 0
+        while data := file.read(MAX_PIECE_BYTES):
+            yield Piece(at, len(data), None if data == _ZEROS[: len(data)] else data)
+            at += len(data)
+
+
+def write_file(folder: Path, name: str, piece: Piece) -> None:
+    """Store one piece of a file of that folder. Raises PeerError for a name or an offset that no image has."""
+    if not IMAGE_NAME.fullmatch(name):
+        raise PeerError(f"{name!r} is no name of an image")
+    if piece.offset + piece.length > MAX_FILE_BYTES:
+        raise PeerError(f"{name}: a piece that ends at {piece.offset + piece.length}")
+    descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        end = piece.offset + piece.length
+        if piece.data is None:
+            if os.fstat(descriptor).st_size < end:
+                os.ftruncate(descriptor, end)
+        else:
+            os.pwrite(descriptor, piece.data, piece.offset)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,161 @@
+"""What a migration asks of the two hosts: the agent implements these, tests have fakes of them.
+
+Every method is synchronous, raises a MigratorError if it failed, and may be called again after it failed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from blockdev.tracker import WriteTracker
+from migrator.v1 import container_pb2, peer_pb2
+
+
+@dataclass(frozen=True)
+class LeavingVolume:
+    """A volume at the source. `at` and `device` are None while the container is stopped: then nothing writes to it."""
+
+    image: Path
+    size_bytes: int
+    device: Path | None
+    at: Path | None
+
+
+class Checkpoint(Protocol):
+    """A CRIU process that waits; after `dump` it holds the tasks until the context ends."""
+
+    def dump(self) -> None:
+        """Write the container's images into its images folder."""
+
+
+class LeavingContainer(Protocol):
+    """A container at the source, under an exclusive lease for the whole migration."""
+
+    name: str
+    spec: container_pb2.ContainerSpec
+    state: container_pb2.ContainerState
+    create_time_ms: int
+    start_time_ms: int
+
+    @property
+    def volumes(self) -> Sequence[LeavingVolume]: ...
+
+    @property
+    def images(self) -> Path:
+        """A folder on a tmpfs for CRIU's images, empty at the start."""
+
+    @property
+    def log(self) -> Path: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    def stdio(self) -> Sequence[str]:
+        """Standard input, output and error of the first process as CRIU names them; empty if it does not run."""
+
+    def objections(self) -> Sequence[peer_pb2.Objection]:
+        """What forbids a live migration of this container, found without touching it."""
+
+    def track_writes(self, volume: LeavingVolume) -> AbstractContextManager[WriteTracker]: ...
+
+    def prepare_checkpoint(self) -> AbstractContextManager[Checkpoint]: ...
+
+    def guard(self, migration: str) -> AbstractContextManager[None]:
+        """A process beside the agent: if the agent dies in this context, it aborts what is not released and resumes."""
+
+    def freeze(self) -> None:
+        """Freeze the control group and wait until every task is frozen."""
+
+    def disconnect(self) -> None:
+        """Take the container's links off the network."""
+
+    def freeze_volumes(self) -> None:
+        """Flush and freeze the file systems."""
+
+    def thaw_volumes(self) -> None:
+        """Undo `freeze_volumes`; repeatable."""
+
+    def resume(self) -> None:
+        """Undo the freeze from wherever it is: volumes, links, tasks. Repeatable; one paused before stays paused."""
+
+    def has_ended(self) -> bool:
+        """Whether the first process is gone."""
+
+    def kill(self) -> None:
+        """The container lives elsewhere now: end the frozen tasks without letting them run."""
+
+    def remove(self) -> None:
+        """Delete everything that was the container's here; after `kill`, repeatable."""
+
+
+class Reservation(Protocol):
+    """A container on its way in: everything of it that exists at the destination."""
+
+    @property
+    def volumes(self) -> Sequence[Path]:
+        """The image files, in the order of the spec."""
+
+    @property
+    def images(self) -> Path: ...
+
+    @property
+    def log(self) -> Path: ...
+
+    def warm_up(self) -> None:
+        """Start all of the restore that needs no image, and have it wait."""
+
+    def hold_traffic(self) -> None:
+        """Take the container's frames and keep them."""
+
+    def mount(self) -> None:
+        """Attach and mount the volumes."""
+
+    def restore(self) -> Mapping[str, float]:
+        """Restore the tasks and hold them before their first instruction. Returns milliseconds by step."""
+
+    def is_held(self) -> bool:
+        """Whether a restored copy waits for its verdict, also one from before a restart of the agent."""
+
+    def run(self) -> Mapping[str, float]:
+        """Let the tasks run, connect them and replay what was held; or, stopped before, take the container as it is.
+
+        Repeatable. Returns milliseconds by step.
+        """
+
+    def settle(self) -> None:
+        """After the handover: register the container as this host's own and delete what the migration needed."""
+
+    def discard(self) -> None:
+        """Kill and delete everything; repeatable, and right at any moment before `run`."""
+
+
+class ArrivalHost(Protocol):
+    """The host that a container comes to."""
+
+    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
+
+    def reserve(self, request: peer_pb2.PrepareRequest) -> Reservation:
+        """Reserve name, room and network; undone by itself if it fails."""
+
+    def reserved(self, migration: str, container: str) -> tuple[Reservation, container_pb2.ContainerState]:
+        """The reservation that a former life of the agent made, and the state that the container had at the source."""
+
+
+class Peer(Protocol):
+    """The destination's agent as the source calls it; failures are Unreachable, or what the peer has raised."""
+
+    host: str
+
+    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
+
+    def prepare(self, request: peer_pb2.PrepareRequest) -> None: ...
+
+    def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None: ...
+
+    def hold_traffic(self, migration: str, epoch: int) -> None: ...
+
+    def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]: ...
+
+    def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse: ...

@@ -1,0 +1,117 @@
+"""How one migration goes: its phases and times, its numbers, its end, and whether somebody wants it to stop.
+
+The worker writes, any number of watchers read. Times are from the monotonic clock of this host.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from migrator.errors import Cancelled, MigratorError, TimedOut
+from migrator.v1 import migration_pb2, peer_pb2
+
+
+class Progress:
+    """A migration resource that changes; `changed` watchers are woken at each change."""
+
+    def __init__(self, migration: migration_pb2.Migration, timeout_ms: int = 0) -> None:
+        self._migration = migration
+        self._condition = threading.Condition()
+        self._began = time.monotonic()
+        self._deadline = self._began + timeout_ms / 1000 if timeout_ms else None
+        self._cancelled = False
+        self._committed = False
+        self._version = 0
+
+    def snapshot(self) -> migration_pb2.Migration:
+        """The migration as it is now."""
+        with self._condition:
+            copy = migration_pb2.Migration()
+            copy.CopyFrom(self._migration)
+            return copy
+
+    def wait(self, version: int, timeout_s: float) -> tuple[int, migration_pb2.Migration]:
+        """Wait for a change after `version` (0: none seen yet) or the timeout; returns the version and what it is now."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._version > version, timeout_s)
+            copy = migration_pb2.Migration()
+            copy.CopyFrom(self._migration)
+            return self._version, copy
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """One phase; its start and duration are noted, also if it fails."""
+        with self._change() as migration:
+            phase = migration.phases.add(name=name, start_ms=self._elapsed_ms())
+        try:
+            yield
+        finally:
+            with self._change():
+                phase.duration_ms = self._elapsed_ms() - phase.start_ms
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """One step of the phase that runs."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.steps([peer_pb2.TimedStep(name=name, duration_ms=(time.monotonic() - began) * 1000)])
+
+    def steps(self, steps: Iterable[peer_pb2.TimedStep]) -> None:
+        """Steps of the phase that runs, timed elsewhere."""
+        with self._condition:
+            phase = self._migration.phases[-1]
+            phase.steps.extend(migration_pb2.Step(name=s.name, duration_ms=s.duration_ms) for s in steps)
+
+    def sent(self, *, memory: int, disk: int, wire: int, part: float) -> None:
+        """Bytes so far, and the part of what is known to be left before the freeze."""
+        with self._change() as migration:
+            migration.bytes.memory, migration.bytes.disk, migration.bytes.wire = memory, disk, wire
+            migration.progress = min(1.0, part)
+
+    def downtime(self, milliseconds: float) -> None:
+        """The container stood still for so long."""
+        with self._change() as migration:
+            migration.downtime_ms = milliseconds
+
+    def cancel(self) -> bool:
+        """Ask it to end; False if it is committed already."""
+        with self._condition:
+            if not self._committed:
+                self._cancelled = True
+            return self._cancelled
+
+    def check(self) -> None:
+        """Raise Cancelled or TimedOut if it has to end; asked all the way until the handover."""
+        if self._cancelled:
+            raise Cancelled("cancelled before the handover")
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise TimedOut("the time given with --timeout passed before the handover")
+
+    def commit(self) -> None:
+        """The last check: from here it cannot be cancelled."""
+        with self._condition:
+            self.check()
+            self._committed = True
+
+    def end(self, outcome: migration_pb2.Outcome, where: str, error: MigratorError | None = None) -> None:
+        """How it ended and where the container is. An uncertain one may end again."""
+        with self._change() as migration:
+            migration.outcome = outcome
+            migration.where_running = where
+            migration.total_ms = self._elapsed_ms()
+            migration.error = str(error) if error else ""
+            migration.reason = error.reason if error else ""
+            migration.exit_code = int(error.exit_code) if error else 0
+
+    def _elapsed_ms(self) -> float:
+        return (time.monotonic() - self._began) * 1000
+
+    @contextmanager
+    def _change(self) -> Iterator[migration_pb2.Migration]:
+        with self._condition:
+            yield self._migration
+            self._version += 1
+            self._condition.notify_all()

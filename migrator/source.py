@@ -1,0 +1,303 @@
+"""The source's end of a migration: a column of phases, and one stack that undoes them until the handover.
+
+What may go wrong at each line, and what happens then:
+- before `release` is durable: `abort` is written first, then everything is undone; the container runs here again
+- after it: the copy here stays frozen until the destination has said owner or refused, however long that takes
+- if this process dies, the guard does the first, and the restarted agent either (see `agent.recovery`)
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import structlog
+
+from blockdev import extents
+from migrator import disk
+from migrator.destination import is_live
+from migrator.disk import DiskCopy
+from migrator.errors import Cancelled, ExecutionError, MigratorError, Precondition, RolledBack, TimedOut, Uncertain
+from migrator.handover import Decision, OutgoingJournal, Stage
+from migrator.files import read_file
+from migrator.ports import Checkpoint, LeavingContainer, Peer
+from migrator.progress import Progress
+from migrator.stream import Digests, Meter, Sender
+from migrator.v1 import migration_pb2, peer_pb2
+
+FEATURES = ("send-v1",)
+# How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
+ANSWER_PATIENCE_S = 15.0
+ANSWER_RETRY_S = 0.5
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the operator has asked for."""
+
+    check_only: bool = False
+    bandwidth_bytes_per_s: int = 0
+
+
+@dataclass(frozen=True)
+class Here:
+    """Facts of this host that the destination compares with its own."""
+
+    host: str
+    kernel: str
+    cpu_flags: Sequence[str]
+    criu_version: str
+
+
+class DestinationRefused(RolledBack):
+    """The destination has answered `released` with `refused`: the container runs here again."""
+
+    reason = "DESTINATION_REFUSED"
+
+
+class Departure:
+    """One migration away from this host. `run` does all of it and leaves the outcome with the progress."""
+
+    def __init__(
+        self,
+        name: str,
+        here: Here,
+        container: LeavingContainer,
+        peer: Peer,
+        journal: OutgoingJournal,
+        progress: Progress,
+        options: Options,
+    ) -> None:
+        self._name = name
+        self._here = here
+        self._container = container
+        self._peer = peer
+        self._journal = journal
+        self._progress = progress
+        self._options = options
+        self._live = is_live(container.state)
+        self._digests = Digests()
+        self._meter = Meter(options.bandwidth_bytes_per_s)
+        self._planned_bytes = 0
+        self._epoch = 0
+        self._frozen_at = 0.0
+
+    def run(self) -> None:
+        """All phases. Failures are the progress's outcome; what is raised from here is a bug."""
+        phase, end = self._progress.phase, self._progress.end
+        try:
+            with phase("preflight"):
+                known_epoch = self._preflight()
+        except MigratorError as error:
+            end(migration_pb2.OUTCOME_REFUSED, self._here.host, error)
+            return
+        if self._options.check_only:
+            end(migration_pb2.OUTCOME_CHECKED, self._here.host)
+            return
+        try:
+            self._move(known_epoch)
+        except MigratorError as error:
+            end(*self._verdict(error))
+            return
+        except Exception as error:
+            end(*self._verdict(ExecutionError(f"unexpected {type(error).__name__}: {error}")))
+            raise
+        with phase("finish"):
+            self._container.remove()
+            self._journal.finish(self._name)
+        end(migration_pb2.OUTCOME_MIGRATED, self._peer.host)
+
+    def _move(self, known_epoch: int) -> None:
+        self._epoch = self._journal.begin(self._name, self._container.name, self._peer.host, known_epoch).epoch
+        phase = self._progress.phase
+        with ExitStack() as undo:
+            try:
+                with phase("prepare"):
+                    checkpoint = self._prepare(undo)
+                with phase("precopy"):
+                    copy = self._precopy(undo)
+                with phase("freeze"):
+                    self._freeze(undo, copy, checkpoint)
+                with phase("final"):
+                    self._final(copy)
+                with phase("restore"):
+                    self._restore()
+                self._progress.commit()
+            except BaseException:
+                self._journal.abort(self._name)  # durable before anything is thawed
+                raise
+            with phase("handover"):
+                self._handover()
+            self._container.kill()
+            # The tasks are gone: what follows only takes down what was set up to watch and to hold them.
+
+    # -- the phases -------------------------------------------------------------------------------------------------
+
+    def _preflight(self) -> int:
+        """Questions only. Returns the highest epoch that the destination knows for this name."""
+        container = self._container
+        self._planned_bytes = sum(extents.total(disk.allocated(volume)) for volume in container.volumes)
+        answer = self._peer.examine(
+            peer_pb2.ExamineRequest(
+                container=container.name,
+                spec=container.spec,
+                kernel=self._here.kernel,
+                cpu_flags=self._here.cpu_flags,
+                criu_version=self._here.criu_version,
+                memory_bytes=container.memory_bytes,
+                disk_bytes=self._planned_bytes,
+            )
+        )
+        objections = [*container.objections(), *answer.objections]
+        if objections:
+            raise Precondition("; ".join(o.message for o in objections), reason=objections[0].reason)
+        return answer.last_epoch
+
+    def _prepare(self, undo: ExitStack) -> Checkpoint | None:
+        container = self._container
+        undo.callback(self._tell_aborted)
+        self._peer.prepare(
+            peer_pb2.PrepareRequest(
+                migration=self._name,
+                epoch=self._epoch,
+                container=container.name,
+                spec=container.spec,
+                state=container.state,
+                stdio=container.stdio(),
+                features=FEATURES,
+                create_time_ms=container.create_time_ms,
+                start_time_ms=container.start_time_ms,
+            )
+        )
+        if not self._live:
+            return None
+        undo.enter_context(container.guard(self._name))
+        undo.callback(self._resume)
+        return undo.enter_context(container.prepare_checkpoint())
+
+    def _precopy(self, undo: ExitStack) -> DiskCopy:
+        """The disk, and the log so far, while the container runs."""
+        copy = DiskCopy(self._container, undo)
+        copy.run_rounds(self._peer.send, self._sender())
+        return copy
+
+    def _freeze(self, undo: ExitStack, copy: DiskCopy, checkpoint: Checkpoint | None) -> None:
+        self._frozen_at = time.monotonic()
+        if checkpoint is None:
+            return
+        container, step = self._container, self._progress.step
+        with step("tasks"):
+            container.freeze()
+        with step("traffic"):
+            self._peer.hold_traffic(self._name, self._epoch)
+            container.disconnect()
+        with step("dump"):
+            checkpoint.dump()
+        with step("file system"):
+            undo.callback(container.thaw_volumes)
+            container.freeze_volumes()
+
+    def _final(self, copy: DiskCopy) -> None:
+        sender = self._sender()
+
+        def requests() -> Iterator[peer_pb2.SendRequest]:
+            yield from copy.last(sender)
+            if self._live:
+                for image in sorted(self._container.images.iterdir()):
+                    yield from sender.requests(f"image/{image.name}", read_file(image))
+            yield from sender.requests("log", read_file(self._container.log))
+
+        self._peer.send(requests())
+
+    def _restore(self) -> None:
+        self._progress.check()
+        self._progress.steps(self._peer.restore(self._name, self._epoch, self._digests.all()))
+
+    def _handover(self) -> None:
+        """From `released` on there is no way back but the destination's word."""
+        self._journal.release(self._name)
+        answer, round_trip_ms = self._ask()
+        if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
+            self._journal.hear(self._name, Stage.REFUSED)
+            raise DestinationRefused(
+                f"{self._peer.host} could not take {self._container.name}; it goes on at {self._here.host}"
+            )
+        self._journal.hear(self._name, Stage.OWNER)
+        self._progress.steps(answer.steps)
+        stood_still_ms = (time.monotonic() - self._frozen_at) * 1000 - round_trip_ms
+        exchange_ms = max(0.0, round_trip_ms - answer.total_ms) / 2
+        self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
+
+    # -- their details ----------------------------------------------------------------------------------------------
+
+    def _ask(self) -> tuple[peer_pb2.DecideResponse, float]:
+        """Say `released` until the destination answers; silence decides nothing. Returns the answer and its ms."""
+        patience = time.monotonic() + ANSWER_PATIENCE_S
+        while True:
+            began = time.monotonic()
+            try:
+                answer = self._peer.decide(self._name, self._epoch, peer_pb2.DECISION_RELEASED)
+                if answer.ownership != peer_pb2.OWNERSHIP_UNSPECIFIED:
+                    return answer, (time.monotonic() - began) * 1000
+                reason = f"{self._peer.host} has not decided yet"
+            except MigratorError as error:
+                reason = str(error)
+            if time.monotonic() > patience:
+                patience = float("inf")
+                self._progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", self._uncertain(reason))
+            log.warning("no answer to released", migration=self._name, peer=self._peer.host, reason=reason)
+            time.sleep(ANSWER_RETRY_S)
+
+    def _uncertain(self, reason: str) -> Uncertain:
+        return Uncertain(
+            f"{self._container.name} was released to {self._peer.host}, which does not answer ({reason}). "
+            f"The copy on {self._here.host} is kept frozen and the question is repeated until {self._peer.host} is back"
+        )
+
+    def _sender(self) -> Sender:
+        return Sender(self._name, self._epoch, self._digests, self._meter, self._sent)
+
+    def _sent(self) -> None:
+        """After each piece: stop if asked to, and say how far it is."""
+        self._progress.check()
+        content = self._meter.content_bytes
+        copied = content.get("volume", 0)
+        self._progress.sent(
+            memory=content.get("image", 0),
+            disk=copied,
+            wire=self._meter.wire_bytes,
+            part=copied / self._planned_bytes if self._planned_bytes else 1.0,
+        )
+
+    def _resume(self) -> None:
+        began = time.monotonic()
+        self._container.resume()
+        log.info("resumed at the source", migration=self._name, ms=round((time.monotonic() - began) * 1000, 1))
+
+    def _tell_aborted(self) -> None:
+        """Best effort: a destination that does not hear it asks by itself and cleans up."""
+        if self._journal.get(self._name).decision is not Decision.ABORTED:
+            return
+        try:
+            self._peer.decide(self._name, self._epoch, peer_pb2.DECISION_ABORTED)
+        except MigratorError as error:
+            log.warning("the destination did not hear of the abort", migration=self._name, reason=str(error))
+        else:
+            self._journal.finish(self._name)
+
+    def _verdict(self, error: MigratorError) -> tuple[migration_pb2.Outcome, str, MigratorError]:
+        """Outcome, place and error of a migration that did not happen."""
+        here = self._here.host
+        if self._live and self._container.has_ended():
+            ended = RolledBack(f"{self._container.name} ended while it was moved: {error}", reason="CONTAINER_ENDED")
+            return migration_pb2.OUTCOME_CONTAINER_ENDED, here, ended
+        if isinstance(error, Cancelled):
+            return migration_pb2.OUTCOME_CANCELLED, here, error
+        if isinstance(error, TimedOut):
+            return migration_pb2.OUTCOME_TIMED_OUT, here, error
+        if isinstance(error, RolledBack):
+            return migration_pb2.OUTCOME_ROLLED_BACK, here, error
+        back = RolledBack(f"{error}. {self._container.name} goes on at {here} as before", reason=error.reason)
+        return migration_pb2.OUTCOME_ROLLED_BACK, here, back
