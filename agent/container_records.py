@@ -1,0 +1,111 @@
+"""What the agent's database says about containers: what each is, and whether it should run."""
+
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from sqlite3 import Row
+
+from agent.database import Database
+from migrator.errors import AlreadyExists, NotFound
+from migrator.v1.container_pb2 import ContainerSpec
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS containers (
+    name TEXT PRIMARY KEY,
+    spec BLOB NOT NULL,
+    state TEXT NOT NULL,
+    should_run INTEGER NOT NULL DEFAULT 0,
+    create_time_ms INTEGER NOT NULL,
+    start_time_ms INTEGER NOT NULL DEFAULT 0,
+    exit_code INTEGER,
+    restarts INTEGER NOT NULL DEFAULT 0,
+    init_pid INTEGER NOT NULL DEFAULT 0,
+    init_ticks INTEGER NOT NULL DEFAULT 0,
+    conmon_pid INTEGER NOT NULL DEFAULT 0,
+    conmon_ticks INTEGER NOT NULL DEFAULT 0
+) STRICT
+"""
+
+
+class State(StrEnum):
+    """Where a container is in its life."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    ARRIVING = "arriving"
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there are processes."""
+        return self in (State.RUNNING, State.PAUSED)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One container. Times are milliseconds since 1970; pids with their start times (see agent.processes)."""
+
+    name: str
+    spec: ContainerSpec
+    state: State
+    should_run: bool
+    create_time_ms: int
+    start_time_ms: int
+    exit_code: int | None
+    restarts: int
+    init_pid: int
+    init_ticks: int
+    conmon_pid: int
+    conmon_ticks: int
+
+
+class Records:
+    """The table of containers."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, name: str) -> Record:
+        """The record; raises NotFound."""
+        rows = self._database.rows("SELECT * FROM containers WHERE name = ?", name)
+        if not rows:
+            raise NotFound(f"there is no container {name} on this host: see migrator ps")
+        return _record(rows[0])
+
+    def all(self) -> list[Record]:
+        return [_record(row) for row in self._database.rows("SELECT * FROM containers ORDER BY name")]
+
+    def insert(self, name: str, spec: ContainerSpec, state: State, create_time_ms: int = 0) -> Record:
+        """A new record; raises AlreadyExists."""
+        with self._database.transaction() as cursor:
+            if cursor.execute("SELECT 1 FROM containers WHERE name = ?", (name,)).fetchone():
+                raise AlreadyExists(f"there is a container {name} on this host already: choose another name")
+            cursor.execute(
+                "INSERT INTO containers (name, spec, state, create_time_ms) VALUES (?, ?, ?, ?)",
+                (name, spec.SerializeToString(), state, create_time_ms or now_ms()),
+            )
+        return self.get(name)
+
+    def update(self, name: str, **columns: int | str | None) -> Record:
+        """Set columns; the names are ours, not a caller's."""
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        with self._database.transaction() as cursor:
+            cursor.execute(f"UPDATE containers SET {assignments} WHERE name = ?", (*columns.values(), name))
+        return self.get(name)
+
+    def delete(self, name: str) -> None:
+        with self._database.transaction() as cursor:
+            cursor.execute("DELETE FROM containers WHERE name = ?", (name,))
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _record(row: Row) -> Record:
+    values = {key: row[key] for key in row.keys()}  # noqa: SIM118 - iterating a Row gives values
+    values["spec"] = ContainerSpec.FromString(values["spec"])
+    values["state"] = State(values["state"])
+    values["should_run"] = bool(values["should_run"])
+    return Record(**values)

@@ -1,0 +1,410 @@
+"""The containers of this host: what may be done with one, in which state, and what is noted about it.
+
+The database says what should be; at start `reconcile` compares that with what is. One operation at a time per
+container, by leases. A container's end is learnt from its conmon's end, also after the agent was restarted.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from agent import processes
+from agent.assembly import Assembly, MountedVolume
+from agent.cgroup import Cgroup
+from agent.container_records import Record, Records, State, now_ms
+from agent.database import Database
+from agent.leases import Leases
+from agent.processes import Process
+from agent.restarts import RestartClock, wants_restart
+from agent.runtime import ContainerPaths, Launched, Runtime
+from agent.specs import check_binds, check_name, complete
+from agent.watcher import ExitWatcher
+from migrator.errors import ExecutionError, MigratorError, NotFound, Precondition
+from migrator.v1.container_pb2 import ContainerSpec
+
+STOP_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 10.0
+EXIT_FILE_TIMEOUT_S = 5.0
+
+log = structlog.get_logger()
+
+
+class Image(Protocol):
+    """What a container is cloned from."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def filesystem(self) -> str: ...
+
+
+class Images(Protocol):
+    """The host's images. `get` raises NotFound."""
+
+    def get(self, name: str) -> Image: ...
+
+
+class Addresses(Protocol):
+    """Fills in names, MACs, bridges and automatic addresses, and refuses those that are taken (ADDRESS_IN_USE)."""
+
+    def assign(self, container: str, spec: ContainerSpec, others: Sequence[ContainerSpec]) -> None: ...
+
+
+class Containers:
+    """All containers of this host; thread-safe. Call `reconcile` once before use, and `close`."""
+
+    def __init__(
+        self, database: Database, runtime: Runtime, assembly: Assembly, images: Images, addresses: Addresses
+    ) -> None:
+        self._records = Records(database)
+        self._runtime = runtime
+        self._assembly = assembly
+        self._images = images
+        self._addresses = addresses
+        self._leases = Leases()
+        self._watcher = ExitWatcher()
+        self._clock = RestartClock()
+        self._runs: dict[str, Launched] = {}
+        self._assigning = threading.Lock()
+
+    def close(self) -> None:
+        """Stop watching; the containers run on."""
+        self._clock.close()
+        self._watcher.close()
+
+    # What is there
+
+    def record(self, name: str) -> Record:
+        """Raises NotFound."""
+        return self._records.get(name)
+
+    def all(self) -> list[Record]:
+        return self._records.all()
+
+    def spec(self, name: str) -> ContainerSpec:
+        return self._records.get(name).spec
+
+    def paths(self, name: str) -> ContainerPaths:
+        return self._runtime.paths(check_name(name))
+
+    def cgroup(self, name: str) -> Cgroup:
+        return self._runtime.cgroup(check_name(name))
+
+    def init_pid(self, name: str) -> int:
+        """The first process's pid; raises Precondition if the container does not run."""
+        process = self._init(self._records.get(name))
+        if process is None:
+            raise Precondition(f"container {name} does not run: start it first", reason="NOT_RUNNING")
+        return process.pid
+
+    def has_ended(self, name: str) -> bool:
+        """Whether the first process is gone, asked of the kernel and not of the record."""
+        return self._init(self._records.get(name)) is None
+
+    def mounted_volumes(self, name: str) -> list[MountedVolume]:
+        """In the order of the spec; the container is running or paused."""
+        return self._assembly.mounted(name, self.spec(name))
+
+    def disk_bytes(self, name: str) -> list[int]:
+        """What each volume takes on the host."""
+        return self._assembly.disk_bytes(name, self.spec(name))
+
+    def operation(self, name: str) -> str | None:
+        """What the container is held for now."""
+        return self._leases.operation(name)
+
+    def exec_sessions(self, name: str) -> list[tuple[int, str]]:
+        """(pid, command) of processes that did not come from the container's first one: a checkpoint cannot hold them."""
+        init = self.init_pid(name)
+        known, strangers = {init}, []
+        for pid in self.cgroup(name).pids():
+            line = [pid]
+            while line[-1] not in known and (above := processes.parent(line[-1])) > 1 and above not in line:
+                line.append(above)
+            if line[-1] in known:
+                known.update(line)
+            elif command := processes.command(pid):
+                strangers.append((pid, command))
+        return strangers
+
+    @contextmanager
+    def hold(self, name: str, operation: str, *, wait_s: float = 0.0, brief: bool = False) -> Iterator[None]:
+        """No other operation on the container while the block runs; Busy if there is one. Ends wait to be noted."""
+        with self._leases.hold(check_name(name), operation, wait_s=wait_s, brief=brief):
+            yield
+
+    # Life
+
+    def create(self, name: str, spec: ContainerSpec) -> Record:
+        """A new container with its volumes; it does not run."""
+        with self.hold(name, "it is being created"):
+            image = self._images.get(spec.image)
+            full = complete(name, spec, image.filesystem)
+            with ExitStack() as undo:
+                record = self._enter(name, full, State.ARRIVING)
+                undo.callback(self._records.delete, name)
+                self._assembly.create(name, record.spec, image.path)
+                record = self._records.update(name, state=State.CREATED)
+                undo.pop_all()
+            return record
+
+    def start(self, name: str) -> Record:
+        """Let it run. Raises Precondition if it does already."""
+        with self.hold(name, "it is being started"):
+            record = self._records.get(name)
+            self._refuse(record, "start", State.RUNNING, State.PAUSED, State.ARRIVING)
+            self._clock.cancel(name)
+            return self._start(record, restarts=0)
+
+    def stop(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> Record:
+        """SIGTERM, and SIGKILL after the timeout; returns when everything is at rest. Nothing to do if it is stopped."""
+        with self.hold(name, "it is being stopped"):
+            self._clock.cancel(name)
+            record = self._records.update(name, should_run=0) if self._records.get(name) else self._records.get(name)
+            self._refuse(record, "stop", State.ARRIVING)
+            if not record.state.is_live:
+                return record
+            self.cgroup(name).thaw()
+            init = self._init(record)
+            if init is not None and not (init.signal(signal.SIGTERM) and init.wait(timeout_s)):
+                init.signal(signal.SIGKILL)
+                if not init.wait(KILL_TIMEOUT_S):
+                    raise ExecutionError(f"process {init.pid} of {name} does not die: it is in an uninterruptible wait")
+            return self._ended(record)
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """One signal to the first process; its end, if it ends, is noted as any other."""
+        if number not in signal.valid_signals():
+            raise Precondition(f"{number} is not a signal", reason="INVALID_ARGUMENT")
+        with self.hold(name, "it is being sent a signal"):
+            record = self._records.get(name)
+            init = self._init(record) if record.state.is_live else None
+            if init is None or not init.signal(number):
+                raise Precondition(f"container {name} does not run: start it first", reason="NOT_RUNNING")
+            if number == signal.SIGKILL:
+                # The freezer holds even this one back in version 1.
+                self._records.update(name, should_run=0)
+                self.cgroup(name).thaw()
+
+    def pause(self, name: str) -> Record:
+        """Stop its processes where they are, by the freezer."""
+        with self.hold(name, "it is being paused"):
+            record = self._records.get(name)
+            self._require(record, "pause", State.RUNNING)
+            self.cgroup(name).freeze()
+            return self._records.update(name, state=State.PAUSED)
+
+    def resume(self, name: str) -> Record:
+        with self.hold(name, "it is being resumed"):
+            record = self._records.get(name)
+            self._require(record, "resume", State.PAUSED)
+            self.cgroup(name).thaw()
+            return self._records.update(name, state=State.RUNNING)
+
+    def delete(self, name: str, *, force: bool = False) -> None:
+        """Delete it with its volumes and log; a running one only with force."""
+        with self.hold(name, "it is being deleted"):
+            record = self._records.get(name)
+            self._refuse(record, "delete", State.ARRIVING)
+            if record.state.is_live and not force:
+                raise Precondition(
+                    f"container {name} is {record.state}: stop it first, or use --force", reason="RUNNING"
+                )
+            self._remove(record)
+
+    # For migrations, which hold the container meanwhile
+
+    def reserve(self, name: str, spec: ContainerSpec, create_time_ms: int = 0) -> Record:
+        """Take name and addresses for a container on its way in. The spec stays as it is."""
+        check_name(name)
+        with self._assigning:
+            return self._records.insert(name, spec, State.ARRIVING, create_time_ms)
+
+    def unreserve(self, name: str) -> None:
+        """Give up a reservation and delete what there is of the container; repeatable."""
+        try:
+            record = self._records.get(name)
+        except NotFound:
+            return
+        self._require(record, "unreserve", State.ARRIVING)
+        self._remove(record)
+
+    def adopt(self, name: str, state: State, *, create_time_ms: int, start_time_ms: int, restarts: int = 0) -> Record:
+        """A reserved container is this host's own now, in this state; a live one was launched by `Runtime.launch`."""
+        if not state.is_live:
+            self._assembly.down(name, self.spec(name))
+            return self._records.update(name, state=state, create_time_ms=create_time_ms, restarts=restarts)
+        launched = self._runtime.launched(name)
+        values = {} if launched is None else _processes(launched)
+        record = self._records.update(
+            name,
+            state=state,
+            should_run=1,
+            create_time_ms=create_time_ms,
+            start_time_ms=start_time_ms,
+            restarts=restarts,
+            **values,
+        )
+        self._watch(record)
+        return record
+
+    def forget(self, name: str) -> None:
+        """The container lives elsewhere now: end its frozen tasks without running them, delete all that is theirs."""
+        try:
+            record = self._records.get(name)
+        except NotFound:
+            return
+        self._remove(record)
+
+    # After a start of the agent
+
+    def reconcile(self) -> None:
+        """Compare the records with what is: adopt what runs, note what has ended, remove what should not be."""
+        for record in self._records.all():
+            if record.state is State.ARRIVING:
+                continue
+            if record.state.is_live:
+                self._watch(record)
+                continue
+            try:
+                with self.hold(record.name, "it is being looked at after a start of the agent"):
+                    self._take_down(record)
+                    if record.should_run:
+                        self._schedule(record, 0.0)
+            except MigratorError as error:
+                log.warning("reconcile", container=record.name, error=str(error))
+        recorded = {record.name for record in self._records.all()}
+        for name in self._runtime.known():
+            if name not in recorded:
+                log.warning("remove unknown container", container=name)
+                self._runtime.delete(name)
+
+    # Inside
+
+    def _enter(self, name: str, spec: ContainerSpec, state: State) -> Record:
+        """Addresses and the record in one step, so that two containers never get the same."""
+        with self._assigning:
+            self._addresses.assign(name, spec, [record.spec for record in self._records.all() if record.name != name])
+            return self._records.insert(name, spec, state)
+
+    def _start(self, record: Record, restarts: int) -> Record:
+        name, spec = record.name, record.spec
+        check_binds(spec)
+        with ExitStack() as undo:
+            # What a crash or a reboot has left would be in the way.
+            self._take_down(record)
+            undo.callback(self._take_down, record)
+            self._assembly.up(name, spec)
+            launched = self._runtime.launch(name).result()
+            self._assembly.connect(name, spec)
+            # Before it runs: an agent that dies here finds the container recorded, and adopts it.
+            record = self._records.update(
+                name,
+                state=State.RUNNING,
+                should_run=1,
+                start_time_ms=now_ms(),
+                exit_code=None,
+                restarts=restarts,
+                **_processes(launched),
+            )
+            undo.callback(self._records.update, name, state=State.STOPPED, should_run=0)
+            self._runtime.start(name)
+            undo.pop_all()
+        self._watch(record)
+        return record
+
+    def _watch(self, record: Record) -> None:
+        launched = Launched(
+            Process(record.init_pid, record.init_ticks), Process(record.conmon_pid, record.conmon_ticks)
+        )
+        self._runs[record.name] = launched
+        self._watcher.watch(launched.conmon, lambda: self._note_end(record.name, launched))
+
+    def _note_end(self, name: str, launched: Launched) -> None:
+        """conmon has ended: so has the container, unless somebody else has seen to it by now."""
+        try:
+            # Whoever holds it, a migration say, may hold it long and decides first.
+            with self.hold(name, "its end is being noted", wait_s=float("inf"), brief=True):
+                if self._runs.get(name) is launched:
+                    self._after_end(self._ended(self._records.get(name)))
+        except MigratorError as error:
+            log.error("container's end", container=name, error=str(error))
+
+    def _after_end(self, record: Record) -> None:
+        if record.should_run and wants_restart(record.spec.restart_policy, record.exit_code):
+            self._schedule(record, max(0, now_ms() - record.start_time_ms) / 1000)
+        else:
+            self._records.update(record.name, should_run=0)
+
+    def _schedule(self, record: Record, ran_s: float) -> None:
+        delay_s = self._clock.schedule(record.name, ran_s, lambda: self._restart(record.name))
+        log.info("container restarts", container=record.name, exit_code=record.exit_code, delay_s=delay_s)
+
+    def _restart(self, name: str) -> None:
+        try:
+            with self.hold(name, "it is being restarted by its policy", wait_s=float("inf"), brief=True):
+                record = self._records.get(name)
+                if record.should_run and record.state is State.STOPPED:
+                    try:
+                        self._start(record, restarts=record.restarts + 1)
+                    except MigratorError as error:
+                        log.error("restart", container=name, error=str(error))
+                        self._records.update(name, should_run=1, restarts=record.restarts + 1)
+                        self._schedule(record, 0.0)
+        except NotFound:
+            return
+
+    def _ended(self, record: Record) -> Record:
+        """Note the exit code and put everything to rest."""
+        name = record.name
+        deadline = time.monotonic() + EXIT_FILE_TIMEOUT_S
+        conmon = Process(record.conmon_pid, record.conmon_ticks)
+        conmon.wait(deadline - time.monotonic())
+        code = self._runtime.exit_code(name)
+        record = self._records.update(name, exit_code=code)
+        self._take_down(record)
+        return self._records.update(name, state=State.STOPPED, init_pid=0, conmon_pid=0)
+
+    def _take_down(self, record: Record) -> None:
+        """End every process and take away all that runs or is mounted; repeatable."""
+        self._runs.pop(record.name, None)
+        self._runtime.delete(record.name)
+        self._assembly.down(record.name, record.spec)
+
+    def _remove(self, record: Record) -> None:
+        self._clock.cancel(record.name)
+        self._take_down(record)
+        self._assembly.delete(record.name, record.spec)
+        self._records.delete(record.name)
+
+    def _init(self, record: Record) -> Process | None:
+        """The first process if it lives."""
+        process = Process(record.init_pid, record.init_ticks)
+        return process if record.init_pid and process.is_alive() else None
+
+    def _refuse(self, record: Record, verb: str, *states: State) -> None:
+        if record.state in states:
+            raise Precondition(f"container {record.name} is {record.state}: it cannot {verb} now", reason="WRONG_STATE")
+
+    def _require(self, record: Record, verb: str, *states: State) -> None:
+        if record.state not in states:
+            wanted = " or ".join(states)
+            raise Precondition(
+                f"cannot {verb} container {record.name}: it is {record.state}, not {wanted}", reason="WRONG_STATE"
+            )
+
+
+def _processes(launched: Launched) -> dict[str, int]:
+    return {
+        "init_pid": launched.init.pid,
+        "init_ticks": launched.init.start_ticks,
+        "conmon_pid": launched.conmon.pid,
+        "conmon_ticks": launched.conmon.start_ticks,
+    }
