@@ -261,6 +261,7 @@ def test_held_syn_is_answered_without_a_retransmission(site: Site, host_a: Host,
     host_b.create()
     assert answers(site, host_a, "10.99.2.101")
     with host_b.hold() as hold, tcp(site.client) as client, server(host_b.container) as listener:
+        host_a.give_way()
         hold.take()
         host_a.disconnect()
         client.setblocking(False)
