@@ -1,0 +1,223 @@
+"""A container on its way in: what `migrator.destination` asks of this host (`migrator.ports.ArrivalHost`)."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+
+from agent import examination, oci
+from agent.assembly import interfaces, volume_name
+from agent.container_records import State
+from agent.journal import Incomings
+from agent.managers import Managers
+from agent.network import host_end
+from agent.restore import HeldRestore
+from agent.rootfs import User
+from agent.runtime import Launch, Restore, find_program
+from agent.specs import check_arrival
+from migrator.errors import ExecutionError
+from migrator.hold import TrafficHold
+from migrator.source import FEATURES, Here
+from migrator.v1 import container_pb2, peer_pb2
+
+REQUEST = "arrival.pb"
+RESTORE_LOG = "restore.log"
+
+log = structlog.get_logger()
+
+
+class Arriving:
+    """Everything of one container that exists here before it is this host's own."""
+
+    def __init__(self, managers: Managers, request: peer_pb2.PrepareRequest) -> None:
+        self._managers = managers
+        self._request = request
+        self._name: str = request.container
+        self._spec: container_pb2.ContainerSpec = request.spec
+        self._links = interfaces(request.spec)
+        self._paths = managers.runtime.paths(self._name)
+        self._folder = managers.migration_folder(request.migration)
+        self._restore = HeldRestore(self._folder)
+        self._state = State(container_pb2.ContainerState.Name(request.state).removeprefix("CONTAINER_STATE_").lower())
+        self._launch: Launch | None = None
+        self._hold: TrafficHold | None = None
+
+    # -- what it consists of ----------------------------------------------------------------------------------------
+
+    @property
+    def volumes(self) -> Sequence[Path]:
+        """The image files, in the order of the spec."""
+        names = [volume_name(self._name, index) for index in range(len(self._spec.volumes))]
+        return [self._managers.volumes.open(name).path for name in names]
+
+    @property
+    def images(self) -> Path:
+        """On the run folder's tmpfs."""
+        return self._restore.images
+
+    @property
+    def log(self) -> Path:
+        """The file that conmon will go on writing."""
+        return self._paths.log
+
+    def reserve(self) -> None:
+        """Take name and room, make empty volumes, the bundle and the network; undone if that fails."""
+        with ExitStack() as undo:
+            self._managers.containers.reserve(self._name, self._spec, self._request.create_time_ms)
+            undo.callback(self.discard)
+            self._paths.bundle.mkdir(parents=True, mode=0o700, exist_ok=True)
+            (self._paths.bundle / REQUEST).write_bytes(self._request.SerializeToString())
+            for index, volume in enumerate(self._spec.volumes):
+                self._managers.volumes.receive(volume_name(self._name, index), volume.size_bytes, volume.filesystem)
+            self._folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+            if self._state.is_live:
+                self._prepare_restore()
+            undo.pop_all()
+
+    def _prepare_restore(self) -> None:
+        freeze = ":"
+        if self._state is State.PAUSED:
+            freeze = self._managers.runtime.cgroup(self._name).freeze_command()
+        self._restore.prepare(find_program("criu"), self._request.stdio, freeze)
+        config = oci.config(
+            self._name,
+            self._spec,
+            User(),
+            volumes=self._paths.volumes,
+            cgroup=self._managers.runtime.cgroup(self._name).path,
+            netns=self._paths.netns,
+        )
+        config["annotations"] = {"org.criu.config": str(self._restore.configuration)}
+        (self._paths.bundle / "config.json").write_text(json.dumps(config, indent=1))
+        self._managers.networks.create(self._name, self._links)
+        self._hold = TrafficHold(_tap_name(self._name), self._links)
+
+    # -- the phases -------------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """runc has started and waits for `restore`."""
+        restore = Restore(self._restore.images, programs=self._restore.programs)
+        self._launch = self._managers.runtime.launch(self._name, restore)
+        self._restore.wait_warm(self._launch)
+
+    def hold_traffic(self) -> None:
+        """The switch sends the container's frames here from now on."""
+        if self._hold is not None:
+            self._hold.take()
+
+    def mount(self) -> None:
+        """Attach the image files and mount them."""
+        self._managers.assembly.mount(self._name, self._spec)
+
+    def restore(self) -> Mapping[str, float]:
+        """Every task is there and held on return."""
+        if self._launch is None:
+            raise ExecutionError(f"the restore of {self._name} was not prepared")
+        began = time.monotonic()
+        self._restore.restore(self._launch, self._paths.bundle / RESTORE_LOG)
+        return {"restore": (time.monotonic() - began) * 1000}
+
+    def is_held(self) -> bool:
+        """Whether the restored tasks wait for their verdict."""
+        return self._restore.is_held()
+
+    def run(self) -> Mapping[str, float]:
+        """The tasks run, connected, and have got what was held for them."""
+        if not self._state.is_live:
+            return {}
+        began = time.monotonic()
+        if self.is_held():
+            self._restore.resume(self._launch)
+        resumed = time.monotonic()
+        self._managers.networks.connect(self._name, self._links, learning=self._hold is None)
+        if self._hold is not None:
+            held = self._hold.replay([host_end(self._name, number) for number in range(len(self._links))])
+            log.info("replayed", container=self._name, frames=held, dropped=self._hold.frames_dropped)
+        self._managers.networks.announce(self._name, self._links)
+        return {"resume": (resumed - began) * 1000, "connect": (time.monotonic() - resumed) * 1000}
+
+    def settle(self) -> None:
+        """The container is this host's own."""
+        if self._launch is not None:
+            self._launch.result()
+        self._managers.containers.adopt(
+            self._name,
+            self._state,
+            create_time_ms=self._request.create_time_ms,
+            start_time_ms=self._request.start_time_ms,
+        )
+        if self._state.is_live:
+            self._managers.assembly.publish(self._name, self._spec)
+        self._clean_up()
+
+    def discard(self) -> None:
+        """Nothing of it is here on return."""
+        self._restore.give_up()
+        self._close()
+        self._managers.runtime.delete(self._name)
+        self._managers.containers.unreserve(self._name)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        self._close()
+        (self._paths.bundle / REQUEST).unlink(missing_ok=True)
+        (self._paths.bundle / RESTORE_LOG).unlink(missing_ok=True)
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def _close(self) -> None:
+        self._restore.close()
+        if self._launch is not None:
+            self._launch.close()
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+
+
+class ArrivingHost:
+    """This host as a destination."""
+
+    def __init__(self, managers: Managers, here: Here, incomings: Incomings) -> None:
+        self._managers = managers
+        self._here = here
+        self._incomings = incomings
+
+    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+        """Read-only."""
+        check_arrival(request.container, request.spec)
+        return peer_pb2.ExamineResponse(
+            host=self._here.host,
+            objections=examination.objections(self._managers, request, frozenset(self._here.cpu_flags)),
+            kernel=self._here.kernel,
+            criu_version=self._here.criu_version,
+            features=FEATURES,
+            last_epoch=self._incomings.last_epoch(request.container),
+        )
+
+    def reserve(self, request: peer_pb2.PrepareRequest) -> Arriving:
+        """Undone by itself if it fails."""
+        check_arrival(request.container, request.spec)
+        arriving = Arriving(self._managers, request)
+        arriving.reserve()
+        return arriving
+
+    def reserved(self, migration: str, container: str) -> tuple[Arriving, container_pb2.ContainerState]:
+        """From the request as it was stored; one that was never stored left nothing but perhaps its record."""
+        path = self._managers.runtime.paths(container).bundle / REQUEST
+        try:
+            request = peer_pb2.PrepareRequest.FromString(path.read_bytes())
+        except FileNotFoundError:
+            request = peer_pb2.PrepareRequest(
+                migration=migration, container=container, state=container_pb2.CONTAINER_STATE_STOPPED
+            )
+        return Arriving(self._managers, request), request.state
+
+
+def _tap_name(container: str) -> str:
+    """Follows from the container's name; with a digit behind it it fits into the 15 characters of an interface."""
+    return "mh" + hashlib.sha256(container.encode()).hexdigest()[:10] + "-"

@@ -1,0 +1,218 @@
+"""A container on its way out: what `migrator.source` asks of this host (`migrator.ports.LeavingContainer`)."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from agent import guard, oci
+from agent.assembly import interfaces, volume_name
+from agent.container_records import Record, Records, State
+from agent.database import Database
+from agent.managers import Managers
+from agent.network import Networks
+from agent.processes import Process
+from agent.runtime import Runtime, find_program
+from blockdev import filesystem
+from blockdev.tracker import BpfTracker, WriteTracker
+from blockdev.volume import MountedVolume
+from migrator.criu import Criu, DumpRequest
+from migrator.ports import Checkpoint, LeavingVolume
+from migrator.v1 import container_pb2, peer_pb2
+
+DUMP_TIMEOUT_S = 120.0
+
+
+class Departing:
+    """One container under a lease for its migration."""
+
+    def __init__(self, managers: Managers, record: Record, folder: Path) -> None:
+        self.name = record.name
+        self.spec: container_pb2.ContainerSpec = record.spec
+        self.state = container_pb2.ContainerState.Value(f"CONTAINER_STATE_{record.state.upper()}")
+        self.create_time_ms = record.create_time_ms
+        self.start_time_ms = record.start_time_ms
+        self._managers = managers
+        self._record = record
+        self._folder = folder
+        self._paths = managers.runtime.paths(self.name)
+        self._cgroup = managers.runtime.cgroup(self.name)
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def volumes(self) -> Sequence[LeavingVolume]:
+        """The volumes in the order of the spec."""
+        names = [volume_name(self.name, index) for index in range(len(self.spec.volumes))]
+        images = [self._managers.volumes.open(name) for name in names]
+        if not self._record.state.is_live:
+            return [LeavingVolume(volume.path, volume.size_bytes, None, None) for volume in images]
+        mounted = self._mounted()
+        return [
+            LeavingVolume(volume.path, volume.size_bytes, mount.device.path, mount.at)
+            for volume, mount in zip(images, mounted, strict=True)
+        ]
+
+    @property
+    def images(self) -> Path:
+        """On the run folder's tmpfs."""
+        return self._folder
+
+    @property
+    def log(self) -> Path:
+        """The file that conmon writes."""
+        return self._paths.log
+
+    @property
+    def memory_bytes(self) -> int:
+        """As the control group counts it."""
+        return self._cgroup.memory_bytes()
+
+    def stdio(self) -> Sequence[str]:
+        """As runc noted it when the first process began: it may have closed or moved its own descriptors since."""
+        if not self._record.state.is_live:
+            return []
+        state = json.loads((self._managers.runtime.root / self.name / "state.json").read_text())
+        return [str(name) for name in state["external_descriptors"]]
+
+    def objections(self) -> Sequence[peer_pb2.Objection]:
+        """What a live migration cannot carry."""
+        found = []
+        if self._record.state.is_live:
+            for pid, command in self._managers.containers.exec_sessions(self.name):
+                found.append(
+                    peer_pb2.Objection(
+                        reason="EXEC_SESSION",
+                        message=f"an exec session is open in {self.name} (process {pid}: {command}); end it first",
+                    )
+                )
+        for bind in self.spec.binds:
+            if not bind.shared:
+                found.append(
+                    peer_pb2.Objection(
+                        reason="BIND_MOUNT",
+                        message=f"{bind.source} is a folder of this host; if every host has the same, create the "
+                        "container with `shared` on that bind mount",
+                    )
+                )
+        return found
+
+    def has_ended(self) -> bool:
+        """Whether the first process is gone."""
+        return not Process(self._record.init_pid, self._record.init_ticks).is_alive()
+
+    # -- tools ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def track_writes(self, volume: LeavingVolume) -> Iterator[WriteTracker]:
+        """An eBPF tracker on the volume's loop device."""
+        assert volume.device is not None
+        tracker = BpfTracker(volume.device)
+        try:
+            yield tracker
+        finally:
+            tracker.close()
+
+    @contextmanager
+    def prepare_checkpoint(self) -> Iterator[Checkpoint]:
+        """A CRIU that waits."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, mode=0o700)
+        try:
+            with Criu(find_program("criu"), self._managers.runtime.environment()) as criu:
+                yield _Dump(criu, self._request(), self._cgroup.freeze)
+        finally:
+            shutil.rmtree(self._folder)
+
+    def guard(self, migration: str) -> AbstractContextManager[None]:
+        """See `agent.guard`."""
+        return guard.guarding(self._managers.config_file, migration, self.name)
+
+    # -- freeze and undo --------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Every task is stopped on return."""
+        self._cgroup.freeze()
+
+    def disconnect(self) -> None:
+        """Nothing reaches or leaves the container any more."""
+        self._managers.networks.disconnect(self.name, interfaces(self.spec))
+
+    def freeze_volumes(self) -> None:
+        """What is on the image files is whole on return, and stays so."""
+        for mount in self._mounted():
+            filesystem.freeze(mount.at)
+
+    def thaw_volumes(self) -> None:
+        """Repeatable."""
+        for mount in self._mounted():
+            filesystem.thaw(mount.at)
+
+    def resume(self) -> None:
+        """Repeatable, and right from every state of the freeze."""
+        if self._record.state.is_live:
+            _resume(self._record, self._managers.runtime, self._managers.networks)
+
+    # -- after the handover -----------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """The signal waits for each task before the thaw: it runs nothing more."""
+        if self._record.state.is_live:
+            self._cgroup.kill()
+            self._cgroup.thaw()
+
+    def remove(self) -> None:
+        """Nothing of the container is here on return."""
+        self._managers.containers.forget(self.name)
+
+    def _mounted(self) -> Sequence[MountedVolume]:
+        return self._managers.containers.mounted_volumes(self.name)
+
+    def _request(self) -> DumpRequest:
+        external = {volume.mount_point: volume.mount_point for volume in self.spec.volumes[1:]}
+        external.update({bind.target: bind.target for bind in self.spec.binds})
+        root = Path(f"/proc/{self._record.init_pid}/root")
+        external.update({file: "/dev/null" for file in oci.MASKED_FILES if (root / file.lstrip("/")).exists()})
+        return DumpRequest(
+            pid=self._record.init_pid,
+            images=self._folder,
+            root=self._paths.rootfs,
+            freezer=self._cgroup.freezer,
+            external_mounts=external,
+            network_namespace_inode=os.stat(self._paths.netns).st_ino,
+        )
+
+
+class _Dump:
+    """CRIU lets the control group go while it works: it is frozen again before anything else happens."""
+
+    def __init__(self, criu: Criu, request: DumpRequest, freeze: Callable[[], None]) -> None:
+        self._criu = criu
+        self._request = request
+        self._freeze = freeze
+
+    def dump(self) -> None:
+        """Write the images; on return the tasks are stopped by CRIU and by the control group."""
+        self._criu.dump(self._request, DUMP_TIMEOUT_S)
+        self._freeze()
+
+
+def resume_at_source(name: str, database: Database, runtime: Runtime, networks: Networks) -> None:
+    """Thaw and reconnect a container whose migration was aborted, from nothing but the database and the host."""
+    record = Records(database).get(name)
+    if record.state.is_live:
+        _resume(record, runtime, networks)
+
+
+def _resume(record: Record, runtime: Runtime, networks: Networks) -> None:
+    paths = runtime.paths(record.name)
+    mounts = [paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(record.spec.volumes)))]
+    for at in mounts:
+        filesystem.thaw(at)
+    links = interfaces(record.spec)
+    networks.connect(record.name, links)
+    networks.announce(record.name, links)
+    if record.state is not State.PAUSED:
+        runtime.cgroup(record.name).thaw()

@@ -1,0 +1,29 @@
+"""What an agent consists of, for those parts that need several of the others."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.assembly import Assembly, VolumeStore
+from agent.config import Config
+from agent.containers import Containers
+from agent.database import Database
+from agent.network import Networks
+from agent.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Managers:
+    """One of each. `config_file` is where `config` came from, for processes that are started beside the agent."""
+
+    config: Config
+    config_file: Path
+    database: Database
+    runtime: Runtime
+    volumes: VolumeStore
+    networks: Networks
+    assembly: Assembly
+    containers: Containers
+
+    def migration_folder(self, migration: str) -> Path:
+        """Where one migration keeps what is gone after a reboot: CRIU's images, pipes."""
+        return self.config.run_dir / "migrations" / migration

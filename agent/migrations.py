@@ -1,0 +1,271 @@
+"""Migrations away from this host: started, watched, cancelled, and carried on after a restart of the agent."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import structlog
+
+from agent.container_records import Record
+from agent.database import Database
+from agent.departure import Departing
+from agent.journal import Outgoings
+from agent.managers import Managers
+from agent.peers import RemotePeer
+from migrator.errors import InvalidArgument, MigratorError, NotFound, Precondition, RolledBack, Uncertain
+from migrator.handover import Decision, Outgoing, Stage
+from migrator.progress import Progress
+from migrator.source import Departure, Here, Options
+from migrator.v1 import migration_pb2, peer_pb2
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS migrations (
+    name TEXT PRIMARY KEY,
+    create_time_ms INTEGER NOT NULL,
+    migration BLOB NOT NULL
+) STRICT
+"""
+KEPT = 1000
+WATCH_INTERVAL_S = 5.0
+ASK_AGAIN_S = 1.0
+
+log = structlog.get_logger()
+
+
+class Migrations:
+    """All migrations that this host is the source of; thread-safe. Call `recover` once before use."""
+
+    def __init__(self, managers: Managers, here: Here) -> None:
+        self._managers = managers
+        self._here = here
+        self._outgoings = Outgoings(managers.database)
+        self._store = _Store(managers.database)
+        self._running: dict[str, Progress] = {}
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+
+    def create(self, request: migration_pb2.CreateMigrationRequest) -> migration_pb2.Migration:
+        """Start one. Raises NotFound, Busy, Precondition, InvalidArgument."""
+        host = self._here.host
+        if request.destination == host:
+            raise InvalidArgument(f"{request.container} is at {host} already", reason="SAME_HOST")
+        if min(request.timeout_ms, request.bandwidth_bytes_per_second) < 0:
+            raise InvalidArgument("a timeout or a bandwidth below zero")
+        options = Options(request.check_only, request.bandwidth_bytes_per_second)
+        with ExitStack() as stack:
+            name = f"m-{secrets.token_hex(4)}"
+            self._managers.containers.record(request.container)
+            what = f"migration {name} to {request.destination} is under way"
+            stack.enter_context(self._managers.containers.hold(request.container, what))
+            record = self._managers.containers.record(request.container)
+            if record.state == "arriving":
+                raise Precondition(f"{record.name} is on its way to this host", reason="WRONG_STATE")
+            peer = stack.enter_context(RemotePeer(self._managers.config, request.destination))
+            migration = migration_pb2.Migration(
+                name=name, container=record.name, source=host, destination=request.destination, where_running=host
+            )
+            migration.create_time.FromMilliseconds(time.time_ns() // 1_000_000)
+            progress = Progress(migration, request.timeout_ms)
+            self._store.save(migration)
+            departing = self._departing(record, name)
+            departure = Departure(name, self._here, departing, peer, self._outgoings, progress, options)
+            self._begin(name, progress, departure.run, stack.pop_all())
+        return progress.snapshot()
+
+    def get(self, name: str) -> migration_pb2.Migration:
+        """As it is now; raises NotFound."""
+        with self._lock:
+            progress = self._running.get(name)
+        return progress.snapshot() if progress else self._store.get(name)
+
+    def list(self) -> list[migration_pb2.Migration]:
+        """The newest first."""
+        return [self.get(name) for name in self._store.names()]
+
+    def of(self, container: str) -> str:
+        """The running migration of a container; empty if there is none."""
+        with self._lock:
+            running = [(name, progress.snapshot()) for name, progress in self._running.items()]
+        return next((name for name, migration in running if migration.container == container), "")
+
+    def cancel(self, name: str) -> None:
+        """Ask it to roll back. Raises NotFound, or Precondition if it is over or committed."""
+        with self._lock:
+            progress = self._running.get(name)
+        if progress is None:
+            self._store.get(name)
+            raise Precondition(f"migration {name} has ended already", reason="ALREADY_ENDED")
+        if not progress.cancel():
+            raise Precondition(f"migration {name} is committed: it cannot be cancelled and finishes", reason="COMMITTED")
+
+    def watch(self, name: str, wanted: Callable[[], bool]) -> Iterator[migration_pb2.Migration]:
+        """It as it is now and at each change, until it has an outcome or nobody wants to know any more."""
+        with self._lock:
+            progress = self._running.get(name)
+        if progress is None:
+            yield self._store.get(name)
+            return
+        version = 0
+        while wanted():
+            seen, migration = progress.wait(version, WATCH_INTERVAL_S)
+            if seen != version:
+                yield migration
+            version = seen
+            if migration.outcome:
+                return
+
+    def decision(self, name: str, epoch: int, asker: str) -> peer_pb2.Decision:
+        """What is decided, for the destination. One that nobody works on and that is undecided is aborted first."""
+        record = self._outgoings.get(name)
+        if record is None or record.epoch != epoch or record.destination != asker:
+            raise NotFound(f"no migration {name} with epoch {epoch} to {asker} here", reason="MIGRATION_NOT_FOUND")
+        with self._lock:
+            working = name in self._running
+        if record.decision is Decision.UNDECIDED and not working:
+            record = self._outgoings.abort(name)
+        return {
+            Decision.UNDECIDED: peer_pb2.DECISION_UNSPECIFIED,
+            Decision.RELEASED: peer_pb2.DECISION_RELEASED,
+            Decision.ABORTED: peer_pb2.DECISION_ABORTED,
+        }[record.decision]
+
+    def recover(self) -> None:
+        """After a start of the agent: end what a former life had begun, by its records."""
+        for name in self._store.unfinished():
+            migration = self._store.get(name)
+            record = self._outgoings.get(name)
+            progress = Progress(migration)
+            if record is None:
+                # It never came as far as a promise.
+                self._end_lost(progress)
+                self._store.save(progress.snapshot())
+                continue
+            stack = ExitStack()
+            stack.enter_context(
+                self._managers.containers.hold(record.container, f"migration {name} is being finished", wait_s=10)
+            )
+            self._begin(name, progress, lambda r=record, p=progress: self._carry_on(r, p), stack)  # type: ignore[misc]
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Cancel what can be cancelled and wait for it; what is committed goes on after the next start."""
+        with self._lock:
+            running, threads = list(self._running.values()), list(self._threads)
+        for progress in running:
+            progress.cancel()
+        deadline = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _departing(self, record: Record, migration: str) -> Departing:
+        return Departing(self._managers, record, self._managers.migration_folder(migration))
+
+    def _begin(self, name: str, progress: Progress, work: Callable[[], None], resources: ExitStack) -> None:
+        """Run the work in a thread of its own, which gives the resources back and stores the end."""
+
+        def run() -> None:
+            try:
+                with resources:
+                    work()
+            except Exception:
+                log.exception("migration", migration=name)
+            finally:
+                self._store.save(progress.snapshot())
+                with self._lock:
+                    self._running.pop(name, None)
+                    self._threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name=f"migration {name}", daemon=True)
+        with self._lock:
+            self._running[name] = progress
+            self._threads.add(thread)
+        thread.start()
+
+    def _carry_on(self, record: Outgoing, progress: Progress) -> None:
+        if record.decision is Decision.UNDECIDED:
+            record = self._outgoings.abort(record.migration)
+        if record.decision is Decision.RELEASED and record.answer is None:
+            record = self._ask(record, progress)
+        try:
+            departing = self._departing(self._managers.containers.record(record.container), record.migration)
+        except NotFound:
+            departing = None  # removed already; only the record was not finished
+        if record.may_destroy:
+            if departing is not None:
+                departing.kill()
+                departing.remove()
+            progress.end(migration_pb2.OUTCOME_MIGRATED, record.destination)
+        else:
+            if departing is not None:
+                departing.resume()
+            self._tell_aborted(record)
+            self._end_lost(progress)
+        self._outgoings.finish(record.migration)
+
+    def _ask(self, record: Outgoing, progress: Progress) -> Outgoing:
+        """Repeat `released` until the destination answers."""
+        uncertain = Uncertain(
+            f"{record.container} was released to {record.destination}, which has not answered yet; the copy here is kept"
+        )
+        progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain)
+        while True:
+            try:
+                with RemotePeer(self._managers.config, record.destination) as peer:
+                    answer = peer.decide(record.migration, record.epoch, peer_pb2.DECISION_RELEASED).ownership
+            except MigratorError as error:
+                log.warning("no answer to released", migration=record.migration, reason=str(error))
+            else:
+                if answer:
+                    owner = answer == peer_pb2.OWNERSHIP_OWNER
+                    return self._outgoings.hear(record.migration, Stage.OWNER if owner else Stage.REFUSED)
+            time.sleep(ASK_AGAIN_S)
+
+    def _tell_aborted(self, record: Outgoing) -> None:
+        try:
+            with RemotePeer(self._managers.config, record.destination) as peer:
+                peer.decide(record.migration, record.epoch, peer_pb2.DECISION_ABORTED)
+        except MigratorError as error:
+            # It asks by itself and gets the same answer.
+            log.warning("the destination did not hear of the abort", migration=record.migration, reason=str(error))
+
+    def _end_lost(self, progress: Progress) -> None:
+        lost = RolledBack(
+            f"the agent of {self._here.host} was restarted; the container goes on there as before", reason="AGENT_RESTARTED"
+        )
+        progress.end(migration_pb2.OUTCOME_ROLLED_BACK, self._here.host, lost)
+
+
+class _Store:
+    """The table of migrations: each as it was when it began, and as it ended."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def save(self, migration: migration_pb2.Migration) -> None:
+        with self._database.transaction() as cursor:
+            cursor.execute(
+                "INSERT OR REPLACE INTO migrations VALUES (?, ?, ?)",
+                (migration.name, migration.create_time.ToMilliseconds(), migration.SerializeToString()),
+            )
+            cursor.execute(
+                "DELETE FROM migrations WHERE name NOT IN "
+                "(SELECT name FROM migrations ORDER BY create_time_ms DESC LIMIT ?)",
+                (KEPT,),
+            )
+
+    def get(self, name: str) -> migration_pb2.Migration:
+        rows = self._database.rows("SELECT migration FROM migrations WHERE name = ?", name)
+        if not rows:
+            raise NotFound(f"there is no migration {name} on this host", reason="MIGRATION_NOT_FOUND")
+        return migration_pb2.Migration.FromString(rows[0]["migration"])
+
+    def names(self) -> list[str]:
+        rows = self._database.rows("SELECT name FROM migrations ORDER BY create_time_ms DESC, name")
+        return [row["name"] for row in rows]
+
+    def unfinished(self) -> list[str]:
+        ended = (migration_pb2.OUTCOME_UNSPECIFIED, migration_pb2.OUTCOME_UNCERTAIN)
+        return [name for name in self.names() if self.get(name).outcome in ended]

@@ -1,0 +1,66 @@
+"""PeerService: what the source of a migration asks of this host, and what a destination asks of this source.
+
+Who asks is taken from the certificate: a message about somebody else's migration finds none.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import grpc
+
+from agent.auth import caller_host
+from agent.migrations import Migrations
+from migrator.destination import Arrivals
+from migrator.errors import PeerError
+from migrator.ports import ArrivalHost
+from migrator.v1 import peer_pb2, peer_pb2_grpc
+
+
+class PeerService(peer_pb2_grpc.PeerServiceServicer):
+    """See proto/migrator/v1/peer.proto."""
+
+    def __init__(self, host: ArrivalHost, arrivals: Arrivals, migrations: Migrations) -> None:
+        self._host = host
+        self._arrivals = arrivals
+        self._migrations = migrations
+
+    def Examine(self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext) -> peer_pb2.ExamineResponse:
+        return self._host.examine(request)
+
+    def Prepare(self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext) -> peer_pb2.PrepareResponse:
+        self._arrivals.prepare(caller_host(context), request)
+        return peer_pb2.PrepareResponse()
+
+    def Send(
+        self, request_iterator: Iterator[peer_pb2.SendRequest], context: grpc.ServicerContext
+    ) -> peer_pb2.SendResponse:
+        first = next(request_iterator, None)
+        if first is None:
+            return peer_pb2.SendResponse()
+        arrival = self._arrivals.get(caller_host(context), first.migration, first.epoch)
+        try:
+            return arrival.send(request_iterator, first)
+        except grpc.RpcError as error:
+            raise PeerError("the source broke off its stream", reason="STREAM_BROKEN") from error
+
+    def HoldTraffic(
+        self, request: peer_pb2.HoldTrafficRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.HoldTrafficResponse:
+        self._arrivals.get(caller_host(context), request.migration, request.epoch).hold_traffic()
+        return peer_pb2.HoldTrafficResponse()
+
+    def Restore(self, request: peer_pb2.RestoreRequest, context: grpc.ServicerContext) -> peer_pb2.RestoreResponse:
+        arrival = self._arrivals.get(caller_host(context), request.migration, request.epoch)
+        return peer_pb2.RestoreResponse(steps=_timed(arrival.restore(request.digests)))
+
+    def Decide(self, request: peer_pb2.DecideRequest, context: grpc.ServicerContext) -> peer_pb2.DecideResponse:
+        return self._arrivals.decide(caller_host(context), request)
+
+    def GetDecision(
+        self, request: peer_pb2.GetDecisionRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.GetDecisionResponse:
+        decision = self._migrations.decision(request.migration, request.epoch, caller_host(context))
+        return peer_pb2.GetDecisionResponse(decision=decision)
+
+
+def _timed(steps: Mapping[str, float]) -> list[peer_pb2.TimedStep]:
+    return [peer_pb2.TimedStep(name=name, duration_ms=milliseconds) for name, milliseconds in steps.items()]
