@@ -157,7 +157,12 @@ class Networks:
 
 def host_end(container: str, number: int) -> str:
     """The name of the host's end of the container's veth pair: follows from the container's name alone."""
-    return f"mg{hashlib.sha256(container.encode()).hexdigest()[:9]}-{number}"
+    return f"mg{_short(container)}-{number}"
+
+
+def hold_name(container: str) -> str:
+    """What `TrafficHold` is to call its TAPs for the container."""
+    return f"mh{_short(container)}-"
 
 
 def probe_ipv4(bridge: str, address: str, timeout_s: float = 0.3) -> str | None:
@@ -266,6 +271,10 @@ def _send(outputs: Sequence[socket.socket], messages: Sequence[Sequence[bytes]])
     for output, announcements in zip(outputs, messages, strict=True):
         for frame in announcements:
             output.send(frame)
+
+
+def _short(container: str) -> str:
+    return hashlib.sha256(container.encode()).hexdigest()[:9]
 
 
 def _high_mac(name: str) -> str:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import pytest
 
 from agent import namespaces
-from agent.network import Networks, host_end, probe_ipv4
+from agent.network import Networks, hold_name, host_end, probe_ipv4
 from migrator.errors import Precondition
 from migrator.hold import TrafficHold
 from migrator.network import Interface
@@ -340,3 +340,25 @@ def test_closed_hold_gives_the_traffic_back(site: Site, host_a: Host, host_b: Ho
     for address in INTERFACE.addresses:
         assert answers(site, host_a, address)
     assert "hold0" not in {name for _, name in namespaces.inside(host_b.space, socket.if_nameindex)}
+
+
+def test_two_interfaces_are_held_and_replayed_each_on_its_own(site: Site, host_a: Host) -> None:
+    second = Interface("eth1", "02:00:00:00:99:67", "br0", ipv4=("10.99.2.102/16",))
+    both = [INTERFACE, second]
+    name = host_a.container
+
+    def received_on_both() -> list[bytes]:
+        networks = host_a.networks
+        networks.create(name, both)
+        with TrafficHold(hold_name(name), both) as hold:
+            hold.take()
+            with udp(site.client, "0.0.0.0") as client:
+                for interface in both:
+                    client.sendto(interface.name.encode(), (interface.addresses[0], 9))
+            time.sleep(0.05)
+            networks.connect(name, both, learning=False)
+            with udp(name, INTERFACE.addresses[0], 9) as one, udp(name, second.addresses[0], 9) as two:
+                hold.replay([host_end(name, 0), host_end(name, 1)])
+                return [one.recv(10), two.recv(10)]
+
+    assert namespaces.inside(host_a.space, received_on_both) == [b"eth0", b"eth1"]
