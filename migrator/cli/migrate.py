@@ -1,0 +1,66 @@
+"""`migrate CT HOST`: start a migration, show it as it happens, and tell how it ended."""
+
+import click
+
+from migrator.cli import output
+from migrator.cli.amounts import DURATION_MS, RATE
+from migrator.cli.base import Command, settings
+from migrator.cli.connection import READ_S, agent
+from migrator.cli.follow import follow
+from migrator.cli.names import CONTAINER, HOST
+from migrator.cli.summary import exit_code, migration_object, write_summary
+from migrator.v1 import migration_pb2
+from migrator.v1.migration_pb2_grpc import MigrationServiceStub
+
+
+@click.command("migrate", cls=Command)
+@click.option("--check-only", is_flag=True, help="Only ask whether it could be moved; nothing is touched.")
+@click.option("--timeout", type=DURATION_MS, metavar="DURATION", help="Roll back if it takes longer, for example 60s.")
+@click.option("--bandwidth", type=RATE, metavar="RATE", help="Limit on all that is sent, for example 2Gbit/s.")
+@click.option("--detach", is_flag=True, help="Return at once; `migrator migrations watch` shows the rest.")
+@click.argument("container", type=CONTAINER)
+@click.argument("host", type=HOST)
+def command(
+    *, container: str, host: str, check_only: bool, timeout: int | None, bandwidth: int | None, detach: bool
+) -> int:
+    """Move a running container from this host to another, live.
+
+    \b
+    migrate ct101 host-b
+    migrate ct101 host-b --check-only
+    migrate ct101 host-b --timeout 60s --bandwidth 2Gbit/s -o json
+
+    Ctrl-C cancels: the container goes on at the source, unless it was handed over already.
+
+    With -o json: one object with migration, container, source, destination, outcome (migrated, rolled_back, refused,
+    cancelled, container_ended, uncertain, checked, timed_out), downtime_ms, total_ms, bytes {memory, disk, wire},
+    phases [{name, start_ms, duration_ms, steps}], where_running, and error {reason, message, exit_code} or null.
+    downtime_ms is the time from the source's freeze to the first task running at the destination: each clock's own
+    share and the exchange between.
+
+    \b
+    Exit codes: 0 done, 1 internal, 2 usage, 3 preflight refused, 4 unreachable or not authorised,
+    5 did not converge, 6 failed and rolled back, 7 uncertain: look at both hosts, 9 busy,
+    124 timeout (rolled back), 130 cancelled (rolled back).
+    """
+    request = migration_pb2.CreateMigrationRequest(
+        container=container,
+        destination=host,
+        check_only=check_only,
+        timeout_ms=timeout or 0,
+        bandwidth_bytes_per_second=bandwidth or 0,
+    )
+    if detach:
+        with agent() as channel:
+            made = MigrationServiceStub(channel).CreateMigration(request, timeout=READ_S).migration
+        if settings().json:
+            output.write_json(migration_object(made))
+        else:
+            print(made.name)
+        return 0
+    ended = follow(request)
+    if settings().json:
+        output.write_json(migration_object(ended))
+    else:
+        write_summary(ended)
+    return exit_code(ended)
