@@ -97,7 +97,7 @@ class Assembly:
                     self._volumes.clone(image, *kind)
                 else:
                     self._volumes.create(*kind)
-            self._mount(name, spec)
+            self.mount(name, spec)
             try:
                 addresses = [address for interface in interfaces(spec) for address in interface.addresses]
                 resolver = RESOLV_CONF.read_text() if RESOLV_CONF.exists() else ""
@@ -119,7 +119,7 @@ class Assembly:
         """Mount, make the network and write config.json; undone if it fails. The network is not yet connected."""
         with ExitStack() as undo:
             undo.callback(self.down, name, spec)
-            self._mount(name, spec)
+            self.mount(name, spec)
             self._networks.create(name, interfaces(spec))
             self.write_bundle(name, spec)
             undo.pop_all()
@@ -129,7 +129,11 @@ class Assembly:
         links = interfaces(spec)
         self._networks.connect(name, links)
         self._networks.announce(name, links)
-        self._publisher.publish(name, links, ports(spec))
+        self.publish(name, spec)
+
+    def publish(self, name: str, spec: ContainerSpec) -> None:
+        """Forward the published ports of this host to the container."""
+        self._publisher.publish(name, interfaces(spec), ports(spec))
 
     def down(self, name: str, spec: ContainerSpec) -> None:
         """Undo `connect` and `up`; repeatable, and right whatever part of it is there."""
@@ -166,7 +170,8 @@ class Assembly:
         paths = self._runtime.paths(name)
         return [paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(spec.volumes)))]
 
-    def _mount(self, name: str, spec: ContainerSpec) -> None:
+    def mount(self, name: str, spec: ContainerSpec) -> None:
+        """Attach and mount the volumes; repeatable."""
         for index, at in enumerate(self._points(name, spec)):
             at.mkdir(parents=True, exist_ok=True)
             if self._volumes.find_mounted(volume_name(name, index), at) is None:

@@ -6,6 +6,7 @@ Documents: Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst and cgroup-
 
 import errno
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -133,11 +134,19 @@ class Cgroup:
                 return "THAWED"
             raise
 
-    def _set(self, *, frozen: bool) -> None:
+    def freeze_command(self) -> str:
+        """A shell command that begins to freeze the group, once it is there."""
+        name, value = self._switch(frozen=True)
+        return f"echo {value} >{shlex.quote(str(self.freezer / name))}"
+
+    def _switch(self, *, frozen: bool) -> tuple[str, str]:
+        """The freezer's file and what to write there."""
         if self._is_v1:
-            name, value = "freezer.state", "FROZEN" if frozen else "THAWED"
-        else:
-            name, value = "cgroup.freeze", "1" if frozen else "0"
+            return "freezer.state", "FROZEN" if frozen else "THAWED"
+        return "cgroup.freeze", "1" if frozen else "0"
+
+    def _set(self, *, frozen: bool) -> None:
+        name, value = self._switch(frozen=frozen)
         path = self.freezer / name
         try:
             path.write_text(value)

@@ -14,18 +14,20 @@ from typing import Protocol
 
 import structlog
 
-from agent import processes
+from agent import oci, processes
 from agent.assembly import Assembly, MountedVolume
 from agent.cgroup import Cgroup
 from agent.container_records import Record, Records, State, now_ms
 from agent.database import Database
+from agent.executor import Execution
 from agent.leases import Leases
 from agent.processes import Process
 from agent.restarts import RestartClock, wants_restart
+from agent.rootfs import find_user
 from agent.runtime import ContainerPaths, Launched, Runtime
 from agent.specs import check_binds, check_name, complete
 from agent.watcher import ExitWatcher
-from migrator.errors import ExecutionError, MigratorError, NotFound, Precondition
+from migrator.errors import Busy, ExecutionError, InvalidArgument, MigratorError, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec
 
 STOP_TIMEOUT_S = 10.0
@@ -133,6 +135,35 @@ class Containers:
             elif command := processes.command(pid):
                 strangers.append((pid, command))
         return strangers
+
+    def execute(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Sequence[str] = (),
+        working_directory: str = "",
+        user: str = "",
+        terminal: tuple[int, int] | None = None,
+    ) -> Execution:
+        """Run a command in the container; `terminal` is (rows, columns). Holds nothing: a migration may begin meanwhile."""
+        record = self._records.get(name)
+        self._require(record, "run a command in", State.RUNNING)
+        operation = self._leases.operation(name)
+        if operation is not None:
+            raise Busy(f"container {name} is busy: {operation}; try again when that is done")
+        if not command:
+            raise InvalidArgument("there is no command to run")
+        process = oci.process(
+            record.spec,
+            record.spec.hostname or name,
+            find_user(self.paths(name).rootfs, user or record.spec.user),
+            command=command,
+            extra_environment=environment,
+            working_directory=working_directory,
+            terminal=terminal,
+        )
+        return Execution(self._runtime, name, process)
 
     @contextmanager
     def hold(self, name: str, operation: str, *, wait_s: float = 0.0, brief: bool = False) -> Iterator[None]:

@@ -76,6 +76,12 @@ class Launch:
             raise ExecutionError(f"the result of launching {self._name} was already taken")
         return self._pipe
 
+    def close(self) -> None:
+        """Do without the result; repeatable."""
+        if self._pipe is not None:
+            os.close(self._pipe)
+            self._pipe = None
+
     def result(self, timeout_s: float = CREATE_TIMEOUT_S) -> Launched:
         """The processes, once runc has finished. Raises ExecutionError with runc's own last words."""
         if self._pipe is None:
@@ -144,7 +150,6 @@ class Runtime:
         command += ["--socket-dir-path", str(paths.run)]
         if restore is not None:
             command += ["--restore", str(restore.images)]
-            command += [f"--runtime-opt={option}" for option in restore.options]
         return command
 
     def launch(self, name: str, restore: Restore | None = None) -> Launch:

@@ -13,6 +13,7 @@ HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 DEFAULT_DISK_BYTES = 10 << 30
 MINIMUM_DISK_BYTES = 16 << 20
 MINIMUM_MEMORY_BYTES = 6 << 20
+MAXIMUM_VOLUMES = 16
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 # Mounted by the runtime; a volume or a bind mount there would hide what the container cannot do without.
 RESERVED = ("/", "/proc", "/sys", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue")
@@ -112,3 +113,21 @@ def check_binds(spec: ContainerSpec) -> None:
             raise InvalidArgument(f"bind mount source {bind.source!r} is not an absolute path")
         if not os.path.lexists(source):
             raise InvalidArgument(f"bind mount source {bind.source} does not exist on this host")
+
+
+def check_arrival(name: str, spec: ContainerSpec) -> None:
+    """Whether a spec that another host has sent could have been made by `complete` here. Raises InvalidArgument."""
+    check_name(name)
+    kinds = [volume.filesystem for volume in spec.volumes]
+    if not kinds or len(kinds) > MAXIMUM_VOLUMES:
+        raise InvalidArgument(f"{name} comes with {len(kinds)} volumes: 1 to {MAXIMUM_VOLUMES} are possible")
+    if complete(name, spec, kinds[0]) != _without_usage(spec):
+        raise InvalidArgument(f"the spec of {name} is not complete")
+
+
+def _without_usage(spec: ContainerSpec) -> ContainerSpec:
+    result = ContainerSpec()
+    result.CopyFrom(spec)
+    for volume in result.volumes:
+        volume.ClearField("allocated_bytes")
+    return result
