@@ -113,15 +113,15 @@ class _Shared(click.Command):
         except click.Abort:
             return int(Exit.CANCELLED)
         except MigratorError as error:
-            return _report(error, words)
+            return _report(error, prog_name, words)
         except grpc.RpcError as error:
-            return _report(from_rpc(error), words)
+            return _report(from_rpc(error), prog_name, words)
         except BrokenPipeError:
             # The reader of our output left, as in `migrator logs | head`; the flush at exit must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return int(Exit.INTERNAL)
         except OSError as error:
-            return _report(MigratorError(str(error)), words)
+            return _report(MigratorError(str(error)), prog_name, words)
         return int(result) if isinstance(result, int) else 0
 
 
@@ -135,8 +135,8 @@ class Group(_Shared, click.Group):
     command_class = Command
 
 
-def _report(error: MigratorError, words: Sequence[str]) -> int:
-    print(f"migrator: {error}", file=sys.stderr)
+def _report(error: MigratorError, prog_name: str | None, words: Sequence[str]) -> int:
+    print(f"{prog_name or 'migrator'}: {error}", file=sys.stderr)
     if _wants_json(words):
         output.write_json({"error": output.error_object(error.reason, str(error), int(error.exit_code))})
     return int(error.exit_code)
