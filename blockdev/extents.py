@@ -1,0 +1,61 @@
+"""Ranges of bytes, and which ranges of a sparse file hold data."""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Range:
+    """Bytes from start up to and without end."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """In bytes."""
+        return self.end - self.start
+
+
+def merge(ranges: Iterable[Range]) -> list[Range]:
+    """The same bytes as few ranges in order, none touching another."""
+    merged: list[Range] = []
+    for part in sorted(ranges):
+        if merged and part.start <= merged[-1].end:
+            if part.end > merged[-1].end:
+                merged[-1] = Range(merged[-1].start, part.end)
+        elif part.length > 0:
+            merged.append(part)
+    return merged
+
+
+def total(ranges: Iterable[Range]) -> int:
+    """Bytes in all of them."""
+    return sum(part.length for part in ranges)
+
+
+def pieces(ranges: Iterable[Range], longest_bytes: int) -> Iterator[Range]:
+    """The ranges cut so that none is longer and none crosses a multiple of `longest_bytes`."""
+    for part in ranges:
+        at = part.start
+        while at < part.end:
+            end = min(part.end, (at // longest_bytes + 1) * longest_bytes)
+            yield Range(at, end)
+            at = end
+
+
+def allocated(descriptor: int, size_bytes: int) -> Iterator[Range]:
+    """The parts of a sparse file that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2))."""
+    at = 0
+    while at < size_bytes:
+        try:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole from here on
+                return
+            raise
+        at = min(size_bytes, os.lseek(descriptor, start, os.SEEK_HOLE))
+        if start < at:
+            yield Range(start, at)

@@ -1,0 +1,142 @@
+"""Loop devices: an image file as a block device, with direct I/O and logical blocks of 4096 bytes.
+
+Set up by one LOOP_CONFIGURE (Linux 5.8, include/uapi/linux/loop.h), so that no one sees a half-configured device.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockdev.errors import BlockError
+
+BLOCK_BYTES = 4096
+ATTACH_TRIES = 50
+RELEASE_TIMEOUT_S = 10.0
+
+_LOOP_CLR_FD, _LOOP_GET_STATUS64, _LOOP_SET_CAPACITY = 0x4C01, 0x4C05, 0x4C07
+_LOOP_CONFIGURE, _LOOP_CTL_GET_FREE = 0x4C0A, 0x4C82
+_READ_ONLY, _DIRECT_IO = 1, 16
+_MAJOR = 7
+# struct loop_info64: device, inode, rdevice, offset, size limit (u64 each), then number, two types, key size, flags.
+_INFO = struct.Struct("=5Q5I64s64s32s2Q")
+_CONFIG = struct.Struct(f"=II{_INFO.size}s8Q")
+
+
+@dataclass(frozen=True)
+class LoopDevice:
+    """An attached loop device."""
+
+    path: Path
+    number: int
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether the kernel really goes past the page cache of the image's file system."""
+        return Path(f"/sys/block/loop{self.number}/loop/dio").read_text().strip() == "1"
+
+    def refresh_size(self) -> None:
+        """Take over the image file's size after it has changed."""
+        with _opened(self.path) as device:
+            fcntl.ioctl(device, _LOOP_SET_CAPACITY, 0)
+
+    def detach(self) -> None:
+        """Release the device and wait until that is done: a user that still has it open keeps it until it closes."""
+        deadline = time.monotonic() + RELEASE_TIMEOUT_S
+        with _opened(self.path) as device:
+            try:
+                fcntl.ioctl(device, _LOOP_CLR_FD, 0)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise OSError(error.errno, f"LOOP_CLR_FD: {error.strerror}", str(self.path)) from error
+        while Path(f"/sys/block/loop{self.number}/loop").exists():
+            if time.monotonic() > deadline:
+                raise BlockError(f"{self.path} is still in use {RELEASE_TIMEOUT_S:g} s after it was detached")
+            time.sleep(0.001)
+
+
+def attach(image: Path, *, read_only: bool = False) -> LoopDevice:
+    """Attach an image file to a free loop device. Raises BlockError if no device can be had, OSError."""
+    mode = os.O_RDONLY if read_only else os.O_RDWR
+    backing = os.open(image, mode | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        for _ in range(ATTACH_TRIES):
+            with _opened(Path("/dev/loop-control")) as control:
+                number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            path = _node(number)
+            if _configure(path, mode, backing, image, read_only=read_only):
+                return LoopDevice(path, number)
+    finally:
+        os.close(backing)
+    raise BlockError(f"no free loop device for {image} after {ATTACH_TRIES} tries: see losetup -l")
+
+
+def find(image: Path) -> list[LoopDevice]:
+    """All devices that this very file is attached to, by device and inode: the names that sysfs has for a file are
+    those of some mount namespace, not of ours."""
+    wanted = os.stat(image)
+    found = []
+    for folder in Path("/sys/block").glob("loop*/loop"):
+        number = int(folder.parent.name.removeprefix("loop"))
+        try:
+            with _opened(_node(number)) as device:
+                info = _INFO.unpack(fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_INFO.size)))
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENOENT):
+                continue  # detached meanwhile
+            raise
+        if (info[0], info[1]) == (_kernel_device(wanted.st_dev), wanted.st_ino):
+            found.append(LoopDevice(_node(number), number))
+    return found
+
+
+def _configure(path: Path, mode: int, backing: int, image: Path, *, read_only: bool) -> bool:
+    """Whether the device was still free and is ours now."""
+    flags = _DIRECT_IO | (_READ_ONLY if read_only else 0)
+    name = os.fsencode(image)[-63:]
+    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
+    device = os.open(path, mode | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(device, _LOOP_CONFIGURE, _CONFIG.pack(backing, BLOCK_BYTES, info, *[0] * 8))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise OSError(error.errno, f"LOOP_CONFIGURE: {error.strerror}", str(image)) from error
+    finally:
+        os.close(device)
+    return True
+
+
+def _node(number: int) -> Path:
+    """The device's node, made if nobody else makes it (there is no udev in a container)."""
+    path = Path(f"/dev/loop{number}")
+    if not path.exists():
+        try:
+            os.mknod(path, 0o660 | stat.S_IFBLK, os.makedev(_MAJOR, number))
+        except FileExistsError:
+            return path
+    return path
+
+
+def _kernel_device(device: int) -> int:
+    """A device number as the kernel's loop driver reports it (new_encode_dev)."""
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+class _opened:  # noqa: N801 - used like open()
+    """A descriptor for the time of a block."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> int:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        return self._descriptor
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,179 @@
+"""Volumes: sparse image files in one folder, each with a file system, attached and mounted as they are needed."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockdev import filesystem, loop, reflink
+from blockdev.errors import BlockError
+from blockdev.loop import LoopDevice
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+SUFFIX = ".img"
+UNFINISHED = ".new"
+
+
+@dataclass(frozen=True)
+class MountedVolume:
+    """A volume's file system where it is mounted, and the loop device under it."""
+
+    device: LoopDevice
+    at: Path
+
+    def unmount(self) -> None:
+        """Thaw, unmount and detach. A frozen file system that is unmounted would keep its device for ever."""
+        filesystem.thaw(self.at)
+        filesystem.unmount(self.at)
+        self.device.detach()
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image file with a file system of this kind."""
+
+    path: Path
+    kind: str
+
+    @property
+    def size_bytes(self) -> int:
+        """What the file system sees."""
+        return self.path.stat().st_size
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the image takes on the host, shared with its clones or not."""
+        return self.path.stat().st_blocks * 512
+
+    def mount(self, at: Path) -> MountedVolume:
+        """Attach and mount; undone if it fails."""
+        device = loop.attach(self.path)
+        try:
+            filesystem.mount(device.path, at, self.kind)
+        except BaseException:
+            device.detach()
+            raise
+        return MountedVolume(device, at)
+
+
+class VolumeStore:
+    """The volumes of one folder. A file appears under its name only when it is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder = folder
+
+    def create(self, name: str, size_bytes: int, kind: str) -> Volume:
+        """A sparse image with an empty file system. Raises BlockError, also if the name is taken."""
+        return self._finish(name, kind, lambda path: _empty(path, size_bytes, kind))
+
+    def clone(self, source_image: Path, name: str, size_bytes: int, kind: str) -> Volume:
+        """A clone of an image, grown to this size; it cannot be smaller than the image."""
+        smallest = source_image.stat().st_size
+        if size_bytes < smallest:
+            raise BlockError(f"a volume of {size_bytes} bytes cannot be cloned from an image of {smallest}")
+
+        def fill(path: Path) -> None:
+            reflink.clone(source_image, path)
+            if size_bytes > smallest:
+                os.truncate(path, size_bytes)
+                self._grow(Volume(path, kind))
+
+        return self._finish(name, kind, fill)
+
+    def receive(self, name: str, size_bytes: int, kind: str) -> Volume:
+        """A sparse image without anything in it: its contents come from elsewhere."""
+        return self._finish(name, kind, lambda path: _sparse(path, size_bytes))
+
+    def open(self, name: str, kind: str = "") -> Volume:
+        """A volume that is there; `kind` is needed only to mount it. Raises BlockError if there is none."""
+        path = self._path(name)
+        if not path.exists():
+            raise BlockError(f"there is no volume {name} in {self.folder}")
+        return Volume(path, kind)
+
+    def delete(self, name: str) -> None:
+        """Delete the image, and detach it should it still be attached; repeatable."""
+        path = self._path(name)
+        if path.exists():
+            for device in loop.find(path):
+                device.detach()
+            path.unlink()
+
+    def names(self) -> list[str]:
+        """All volumes."""
+        return sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
+
+    def sweep(self) -> None:
+        """Delete what an interrupted creation has left."""
+        for path in self.folder.glob(f"*{UNFINISHED}"):
+            for device in loop.find(path):
+                device.detach()
+            path.unlink()
+
+    def find_mounted(self, name: str, at: Path) -> MountedVolume | None:
+        """The volume as it is mounted there; None if it is not, or not at all."""
+        path = self._path(name)
+        if not path.exists() or not os.path.ismount(at):
+            return None
+        mounted_from = os.stat(at).st_dev
+        for device in loop.find(path):
+            # btrfs has device numbers of its own; its one mount at this place is told by /proc/self/mountinfo.
+            if os.stat(device.path).st_rdev == mounted_from or _source_of(at) == str(device.path):
+                return MountedVolume(device, at)
+        return None
+
+    def _grow(self, volume: Volume) -> None:
+        if volume.kind == "ext4":
+            filesystem.grow_image(volume.path)
+            return
+        at = self.folder / f"{volume.path.name}.mount"
+        at.mkdir()
+        try:
+            mounted = volume.mount(at)
+            try:
+                filesystem.grow(at, volume.kind)
+            finally:
+                mounted.unmount()
+        finally:
+            at.rmdir()
+
+    def _finish(self, name: str, kind: str, fill: Callable[[Path], None]) -> Volume:
+        path = self._path(name)
+        if path.exists():
+            raise BlockError(f"there is a volume {name} in {self.folder} already")
+        unfinished = path.with_name(path.name + UNFINISHED)
+        unfinished.unlink(missing_ok=True)
+        try:
+            fill(unfinished)
+            unfinished.rename(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        return Volume(path, kind)
+
+    def _path(self, name: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise BlockError(f"{name!r} cannot be the name of a volume")
+        return self.folder / f"{name}{SUFFIX}"
+
+
+def _sparse(path: Path, size_bytes: int) -> None:
+    with path.open("xb") as file:
+        os.truncate(file.fileno(), size_bytes)
+
+
+def _empty(path: Path, size_bytes: int, kind: str) -> None:
+    _sparse(path, size_bytes)
+    filesystem.make(path, kind)
+
+
+def _source_of(at: Path) -> str:
+    """What is mounted last at this place, by /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+    source = ""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split(" ")[4] == str(at):
+            source = after.split(" ")[1]
+    return source
