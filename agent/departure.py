@@ -133,8 +133,9 @@ class Departing:
     # -- freeze and undo --------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Every task is stopped on return."""
+        """Every task is stopped on return, and what its kernel still sends no longer draws the traffic back here."""
         self._cgroup.freeze()
+        self._managers.networks.give_way(self.name, interfaces(self.spec))
 
     def disconnect(self) -> None:
         """Nothing reaches or leaves the container any more."""

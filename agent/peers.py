@@ -34,7 +34,8 @@ class RemotePeer:
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         with self._errors():
-            return self._stub.Examine(request, timeout=QUICK_S)
+            answer: peer_pb2.ExamineResponse = self._stub.Examine(request, timeout=QUICK_S)
+        return answer
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> None:
         with self._errors():
@@ -67,12 +68,14 @@ class RemotePeer:
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
         request = peer_pb2.RestoreRequest(migration=migration, epoch=epoch, digests=digests)
         with self._errors():
-            return self._stub.Restore(request, timeout=SLOW_S).steps
+            answer: peer_pb2.RestoreResponse = self._stub.Restore(request, timeout=SLOW_S)
+        return answer.steps
 
     def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse:
         request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
         with self._errors():
-            return self._stub.Decide(request, timeout=DECIDE_S)
+            answer: peer_pb2.DecideResponse = self._stub.Decide(request, timeout=DECIDE_S)
+        return answer
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -87,9 +90,12 @@ def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:
     request = peer_pb2.GetDecisionRequest(migration=record.migration, epoch=record.epoch)
     with open_channel(config, record.source) as connection:
         try:
-            return peer_pb2_grpc.PeerServiceStub(connection).GetDecision(request, timeout=QUICK_S).decision
+            answer: peer_pb2.GetDecisionResponse = peer_pb2_grpc.PeerServiceStub(connection).GetDecision(
+                request, timeout=QUICK_S
+            )
         except grpc.RpcError as error:
             raise status.from_rpc(error, record.source) from error
+    return answer.decision
 
 
 def open_channel(config: Config, host: str) -> grpc.Channel:

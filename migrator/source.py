@@ -272,13 +272,18 @@ class Departure:
         )
 
     def _resume(self) -> None:
+        """The one place that thaws: never against the record."""
+        record = self._journal.get(self._name)
+        if record is None or not record.may_thaw:
+            return
         began = time.monotonic()
         self._container.resume()
         log.info("resumed at the source", migration=self._name, ms=round((time.monotonic() - began) * 1000, 1))
 
     def _tell_aborted(self) -> None:
         """Best effort: a destination that does not hear it asks by itself and cleans up."""
-        if self._journal.get(self._name).decision is not Decision.ABORTED:
+        record = self._journal.get(self._name)
+        if record is None or record.decision is not Decision.ABORTED:
             return
         try:
             self._peer.decide(self._name, self._epoch, peer_pb2.DECISION_ABORTED)
