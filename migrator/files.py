@@ -5,21 +5,26 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockdev.blocks import Piece
+from blockdev.blocks import Piece, split_zeros
 from migrator.errors import PeerError
 from migrator.stream import MAX_PIECE_BYTES
 
 IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
 MAX_FILE_BYTES = 1 << 40
-_ZEROS = bytes(MAX_PIECE_BYTES)
 
 
-def read_file(path: Path) -> Iterator[Piece]:
-    """The file from start to end as it is now; a piece of zeros travels as its length."""
+def read_file(path: Path, start: int = 0) -> Iterator[Piece]:
+    """The file from `start` to its end as it is now, in pieces of which those of zeros carry no bytes.
+
+    An empty file is one empty piece: it has to be there at the other end, too.
+    """
     with path.open("rb", buffering=0) as file:
-        at = 0
+        file.seek(start)
+        at = start
+        if os.fstat(file.fileno()).st_size == 0:
+            yield Piece(0, 0, None)
         while data := file.read(MAX_PIECE_BYTES):
-            yield Piece(at, len(data), None if data == _ZEROS[: len(data)] else data)
+            yield from split_zeros(at, data)
             at += len(data)
 
 

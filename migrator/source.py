@@ -81,6 +81,7 @@ class Departure:
         self._digests = Digests()
         self._meter = Meter(options.bandwidth_bytes_per_s)
         self._planned_bytes = 0
+        self._log_bytes = 0
         self._epoch = 0
         self._frozen_at = 0.0
 
@@ -180,7 +181,9 @@ class Departure:
     def _precopy(self, undo: ExitStack) -> DiskCopy:
         """The disk, and the log so far, while the container runs."""
         copy = DiskCopy(self._container, undo)
-        copy.run_rounds(self._peer.send, self._sender())
+        sender = self._sender()
+        copy.run_rounds(self._peer.send, sender)
+        self._peer.send(self._log(sender))
         return copy
 
     def _freeze(self, undo: ExitStack, copy: DiskCopy, checkpoint: Checkpoint | None) -> None:
@@ -207,7 +210,7 @@ class Departure:
             if self._live:
                 for image in sorted(self._container.images.iterdir()):
                     yield from sender.requests(f"image/{image.name}", read_file(image))
-            yield from sender.requests("log", read_file(self._container.log))
+            yield from self._log(sender)
 
         self._peer.send(requests())
 
@@ -255,6 +258,13 @@ class Departure:
             f"{self._container.name} was released to {self._peer.host}, which does not answer ({reason}). "
             f"The copy on {self._here.host} is kept frozen and the question is repeated until {self._peer.host} is back"
         )
+
+    def _log(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
+        """What conmon has written since the last call."""
+        if self._container.log.exists():
+            for piece in read_file(self._container.log, self._log_bytes):
+                self._log_bytes = piece.offset + piece.length
+                yield from sender.requests("log", [piece])
 
     def _sender(self) -> Sender:
         return Sender(self._name, self._epoch, self._digests, self._meter, self._sent)

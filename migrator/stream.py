@@ -137,10 +137,9 @@ class Sender:
 
     def requests(self, target: str, pieces: Iterable[Piece]) -> Iterator[peer_pb2.SendRequest]:
         """The pieces of one target, each at most MAX_PIECE_BYTES long unless it is zeros."""
-        digest = self._digests.of(target)
         for piece in pieces:
             request = self._request(target, piece)
-            digest.add(piece, request.checksum)
+            self._digests.of(target).add(piece, request.checksum)
             wire = len(request.data) + len(target) + 64
             self._meter.count(target, piece.length, wire)
             began = time.perf_counter()
@@ -173,7 +172,7 @@ class Receiver:
         """The piece of one request. Raises PeerError if its length, encoding or checksum is wrong."""
         data = self._data(request)
         piece = Piece(request.offset, request.length, data)
-        if request.offset < 0 or request.length <= 0:
+        if request.offset < 0 or request.length < 0:
             raise PeerError(f"{request.target}: a piece of {request.length} bytes at {request.offset}")
         if data is not None and xxhash.xxh3_64_intdigest(data) != request.checksum:
             raise PeerError(f"{request.target}: the piece at {request.offset} arrived damaged", reason="CHECKSUM")

@@ -1,0 +1,103 @@
+"""Pieces survive the wire, and nothing else does."""
+
+import os
+
+import pytest
+import xxhash
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockdev.blocks import Piece, split_zeros
+from migrator.errors import PeerError
+from migrator.stream import MAX_PIECE_BYTES, Compression, Digests, Meter, Receiver, Sender
+from migrator.v1 import peer_pb2
+
+BLOCKS = st.lists(
+    st.one_of(
+        st.just(bytes(65536)),
+        st.binary(min_size=1, max_size=300),
+        st.binary(min_size=1, max_size=8).map(lambda b: b * 9000),
+    ),
+    max_size=8,
+)
+
+
+def _join(pieces: list[Piece]) -> bytes:
+    return b"".join(bytes(p.length) if p.data is None else bytes(p.data) for p in pieces)
+
+
+@given(BLOCKS)
+def test_what_is_sent_arrives(blocks: list[bytes]) -> None:
+    data = b"".join(blocks)
+    sent, stored = Digests(), Digests()
+    sender, receiver = Sender("m", 1, sent, Meter()), Receiver(stored)
+    requests = list(sender.requests("image/pages-1.img", split_zeros(0, data)))
+    pieces = [receiver.piece(peer_pb2.SendRequest.FromString(r.SerializeToString())) for r in requests]
+    assert _join(pieces) == data
+    assert sent.all() == stored.all()
+
+
+def test_zeros_carry_no_bytes() -> None:
+    sender = Sender("m", 1, Digests(), Meter())
+    requests = list(sender.requests("volume/0", split_zeros(0, bytes(1 << 20))))
+    assert [(r.offset, r.length, r.data) for r in requests] == [(0, 1 << 20, b"")]
+
+
+def _plain(data: bytes, **changes: object) -> peer_pb2.SendRequest:
+    values = {
+        "target": "volume/0",
+        "length": len(data),
+        "encoding": peer_pb2.ENCODING_PLAIN,
+        "data": data,
+        "checksum": xxhash.xxh3_64_intdigest(data),
+    }
+    return peer_pb2.SendRequest(**{**values, **changes})
+
+
+BOMB = zstandard.ZstdCompressor().compress(bytes(1 << 30))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        _plain(b"abc", checksum=1),
+        _plain(b"abc", length=4),
+        _plain(b"abc", offset=-1),
+        _plain(b"abc", length=-3),
+        _plain(b"abc", encoding=99),
+        _plain(b"abc", encoding=peer_pb2.ENCODING_ZSTD),
+        _plain(b"abc", encoding=peer_pb2.ENCODING_ZEROS),
+        _plain(BOMB, encoding=peer_pb2.ENCODING_ZSTD, length=MAX_PIECE_BYTES),
+        _plain(bytes(8), length=MAX_PIECE_BYTES + 1),
+        _plain(zstandard.ZstdCompressor().compress(b"a" * 100) + b"tail", encoding=peer_pb2.ENCODING_ZSTD, length=100),
+    ],
+    ids=lambda r: f"{r.encoding}-{r.offset}-{r.length}",
+)
+def test_damaged_pieces_are_refused(request_: peer_pb2.SendRequest) -> None:
+    with pytest.raises(PeerError):
+        Receiver(Digests()).piece(request_)
+
+
+def test_a_lost_piece_shows_in_the_digest() -> None:
+    sent, stored = Digests(), Digests()
+    sender, receiver = Sender("m", 1, sent, Meter()), Receiver(stored)
+    requests = list(sender.requests("volume/0", [Piece(0, 3, b"abc"), Piece(3, 3, b"def")]))
+    receiver.piece(requests[0])
+    assert sent.all() != stored.all()
+
+
+def test_compression_pays_on_a_slow_link_only() -> None:
+    compression = Compression()
+    compression.compress(b"compressible " * 80000)
+    compression.link(1 << 20, 1.0)
+    assert compression.pays()
+    for _ in range(50):
+        compression.link(1 << 30, 0.001)
+    assert not all(compression.pays() for _ in range(3))
+
+
+def test_random_bytes_are_sent_plain() -> None:
+    sender = Sender("m", 1, Digests(), Meter())
+    (request,) = sender.requests("volume/0", [Piece(0, 65536, os.urandom(65536))])
+    assert request.encoding == peer_pb2.ENCODING_PLAIN
