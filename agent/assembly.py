@@ -12,46 +12,13 @@ from typing import Protocol
 
 from agent import oci, rootfs
 from agent.runtime import Runtime
+from blockdev.volume import MountedVolume, VolumeStore
 from migrator.errors import ExecutionError
 from migrator.network import Interface, PublishedPort
 from migrator.v1 import container_pb2
 from migrator.v1.container_pb2 import ContainerSpec
 
 RESOLV_CONF = Path("/etc/resolv.conf")
-
-
-class MountedVolume(Protocol):
-    """A volume's file system where it is mounted."""
-
-    @property
-    def device(self) -> Path: ...
-
-    @property
-    def at(self) -> Path: ...
-
-    def unmount(self) -> None: ...
-
-
-class Volume(Protocol):
-    """A block image."""
-
-    def mount(self, at: Path) -> MountedVolume: ...
-
-
-class VolumeStore(Protocol):
-    """Where the host's volumes are (`blockdev`)."""
-
-    def create(self, name: str, size_bytes: int, kind: str) -> Volume: ...
-
-    def clone(self, source_image: Path, name: str, size_bytes: int, kind: str) -> Volume: ...
-
-    def open(self, name: str) -> Volume: ...
-
-    def delete(self, name: str) -> None: ...
-
-    def find_mounted(self, name: str, at: Path) -> MountedVolume | None: ...
-
-    def allocated_bytes(self, name: str) -> int: ...
 
 
 class Networks(Protocol):
@@ -164,7 +131,7 @@ class Assembly:
 
     def disk_bytes(self, name: str, spec: ContainerSpec) -> list[int]:
         """What each volume takes on the host."""
-        return [self._volumes.allocated_bytes(volume_name(name, index)) for index in range(len(spec.volumes))]
+        return [self._volumes.open(volume_name(name, index)).allocated_bytes for index in range(len(spec.volumes))]
 
     def _points(self, name: str, spec: ContainerSpec) -> list[Path]:
         paths = self._runtime.paths(name)
@@ -175,7 +142,7 @@ class Assembly:
         for index, at in enumerate(self._points(name, spec)):
             at.mkdir(parents=True, exist_ok=True)
             if self._volumes.find_mounted(volume_name(name, index), at) is None:
-                self._volumes.open(volume_name(name, index)).mount(at)
+                self._volumes.open(volume_name(name, index), spec.volumes[index].filesystem).mount(at)
 
     def _unmount(self, name: str, spec: ContainerSpec) -> None:
         for index, at in reversed(list(enumerate(self._points(name, spec)))):

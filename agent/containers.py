@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 
 from agent import oci, processes
-from agent.assembly import Assembly, MountedVolume
+from agent.assembly import Assembly
 from agent.cgroup import Cgroup
 from agent.container_records import Record, Records, State, now_ms
 from agent.database import Database
@@ -27,6 +27,7 @@ from agent.rootfs import find_user
 from agent.runtime import ContainerPaths, Launched, Runtime
 from agent.specs import check_binds, check_name, complete
 from agent.watcher import ExitWatcher
+from blockdev.volume import MountedVolume
 from migrator.errors import Busy, ExecutionError, InvalidArgument, MigratorError, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.assembly import Assembly, VolumeStore
+from agent.assembly import Assembly
 from agent.config import Config
 from agent.containers import Containers
 from agent.database import Database
 from agent.network import Networks
 from agent.runtime import Runtime
+from blockdev.volume import VolumeStore
 
 
 @dataclass(frozen=True)

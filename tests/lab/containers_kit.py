@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +16,20 @@ from agent.cgroup import Cgroup
 from agent.containers import Containers
 from agent.database import Database
 from agent.network import Networks
+from agent.processes import Process
 from agent.runtime import Runtime
+from blockdev.volume import VolumeStore
 from migrator.errors import NotFound
 from migrator.network import Interface, PublishedPort
-from migrator.v1.container_pb2 import ContainerSpec
+from migrator.v1.container_pb2 import ContainerSpec, Volume
 
 BUSYBOX = Path("/bin/busybox")
 APPLETS = (
-    "cat", "chmod", "cut", "echo", "env", "find", "grep", "head", "hostname", "id", "kill", "ls", "mkdir", "mknod", "mount",
-    "nc", "printf", "ps", "pwd", "sh", "sleep", "stat", "stty", "sync", "tail", "test", "touch", "tr", "tty", "wc",
+    "cat", "chmod", "cut", "echo", "env", "find", "grep", "head", "hostname", "id", "kill", "ls", "mkdir", "mknod",
+    "mount", "nc", "printf", "ps", "pwd", "seq", "sh", "sleep", "stat", "stty", "sync", "tail", "test",
+    "touch", "tr", "tty", "wc",
 )  # fmt: skip
-IMAGE_BYTES = 64 << 20
+IMAGE_BYTES = 48 << 20
 
 
 @dataclass(frozen=True)
@@ -78,69 +82,16 @@ def make_image(path: Path, filesystem: str = "ext4") -> TestImage:
     return TestImage(path, filesystem)
 
 
-class _Mounted:
-    def __init__(self, at: Path) -> None:
-        self.at = at
-
-    @property
-    def device(self) -> Path:
-        found = subprocess.run(["findmnt", "-no", "SOURCE", str(self.at)], check=True, capture_output=True, text=True)
-        return Path(found.stdout.strip())
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", str(self.at)], check=True)
-
-
-class _File:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def mount(self, at: Path) -> _Mounted:
-        subprocess.run(["mount", "-o", "loop", str(self._path), str(at)], check=True)
-        return _Mounted(at)
-
-
-class FileVolumes:
-    """Volumes as plain files with ext4, mounted by mount(8)."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir()
-
-    def create(self, name: str, size_bytes: int, kind: str) -> _File:
-        path = self._folder / name
-        with path.open("wb") as file:
-            file.truncate(size_bytes)
-        subprocess.run([f"mkfs.{kind}", "-q", str(path)], check=True)
-        return _File(path)
-
-    def clone(self, source_image: Path, name: str, size_bytes: int, kind: str) -> _File:
-        subprocess.run(["cp", "--sparse=always", str(source_image), str(self._folder / name)], check=True)
-        return _File(self._folder / name)
-
-    def open(self, name: str) -> _File:
-        return _File(self._folder / name)
-
-    def delete(self, name: str) -> None:
-        (self._folder / name).unlink(missing_ok=True)
-
-    def find_mounted(self, name: str, at: Path) -> _Mounted | None:
-        return _Mounted(at) if os.path.ismount(at) else None
-
-    def allocated_bytes(self, name: str) -> int:
-        return (self._folder / name).stat().st_blocks * 512
-
-
 class Bench:
     """A host's containers, and a way to make its agent forget everything that it holds in memory."""
 
-    def __init__(self, folder: Path, image: TestImage) -> None:
+    def __init__(self, folder: Path, volumes: Path, image: TestImage) -> None:
         self.folder = folder
         self.parent = f"migrator-test-{os.getpid()}"
         self.runtime = Runtime(folder / "state", folder / "run", self.parent)
         self.networks = Networks()
         self._images = OneImage(image)
-        self._volumes = FileVolumes(folder / "volumes")
+        self._volumes = VolumeStore(volumes)
         self.containers = self._open()
 
     def _open(self) -> Containers:
@@ -148,16 +99,26 @@ class Bench:
         assembly = Assembly(self.runtime, self._volumes, self.networks, NoPublisher())
         return Containers(self.database, self.runtime, assembly, self._images, NoAddresses())
 
-    def restart_agent(self) -> None:
-        """What a new agent process would know."""
+    def restart_agent(self, away_s: float = 0.0, *, reboot: bool = False) -> None:
+        """What a new agent process would know, perhaps after a reboot of the host."""
         self.containers.close()
+        if reboot:
+            for record in self.containers.all():
+                # conmon and container die without a word.
+                Process(record.conmon_pid, record.conmon_ticks).signal(9)
+                self.runtime.delete(record.name)
+                for mounted in self.containers.mounted_volumes(record.name):
+                    mounted.unmount()
+                self.networks.destroy(record.name)
         self.database.close()
+        time.sleep(away_s)
         self.containers = self._open()
         self.containers.reconcile()
 
     def create(self, name: str, script: str = "exec sleep 1000000", **spec: object) -> None:
         """A container whose first process is a shell with this script."""
-        self.containers.create(name, ContainerSpec(image="tiny", command=["sh", "-c", script], **spec))  # type: ignore[arg-type]
+        volumes = [Volume(mount_point="/", size_bytes=IMAGE_BYTES)]
+        self.containers.create(name, ContainerSpec(image="tiny", volumes=volumes, command=["sh", "-c", script], **spec))  # type: ignore[arg-type]
 
     def log(self, name: str) -> str:
         path = self.runtime.paths(name).log
@@ -175,8 +136,8 @@ class Bench:
 
 
 @contextmanager
-def bench(folder: Path, image: TestImage) -> Iterator[Bench]:
-    made = Bench(folder, image)
+def bench(folder: Path, volumes: Path, image: TestImage) -> Iterator[Bench]:
+    made = Bench(folder, volumes, image)
     try:
         yield made
     finally:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import blockdev.pool
 from agent.container_records import State
-from migrator.errors import AlreadyExists, NotFound, Precondition
+from migrator.errors import AlreadyExists, Busy, ExecutionError, InvalidArgument, NotFound, Precondition
+from migrator.v1 import container_pb2
 from tests.lab.containers_kit import Bench, TestImage, bench, make_image, need
+
+POOL_BYTES = 1 << 30
 
 pytestmark = pytest.mark.root
 
@@ -21,14 +25,24 @@ def wait_until(what: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> TestImage:
-    need("runc", "conmon", "mkfs.ext4", "busybox")
-    return make_image(tmp_path_factory.mktemp("image") / "tiny")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder where images can be cloned."""
+    need("runc", "conmon", "mkfs.ext4", "mkfs.xfs", "busybox")
+    state_dir = tmp_path_factory.mktemp("pool")
+    try:
+        yield blockdev.pool.ensure(state_dir, POOL_BYTES)
+    finally:
+        blockdev.pool.close(state_dir)
+
+
+@pytest.fixture(scope="module")
+def image(pool: Path) -> TestImage:
+    return make_image(pool / "tiny.img")
 
 
 @pytest.fixture
-def host(tmp_path: Path, image: TestImage) -> Iterator[Bench]:
-    with bench(tmp_path, image) as made:
+def host(tmp_path: Path, pool: Path, image: TestImage) -> Iterator[Bench]:
+    with bench(tmp_path, pool / "volumes", image) as made:
         yield made
 
 
@@ -100,3 +114,89 @@ def test_exec_ends_with_its_client(host: Bench) -> None:
         wait_until(lambda: "sleep 999" in [command for _, command in host.containers.exec_sessions("t-gone")])
     wait_until(lambda: not host.containers.exec_sessions("t-gone"))
     assert len(host.containers.cgroup("t-gone").pids()) == 1
+
+
+def test_survives_its_agent(host: Bench) -> None:
+    host.create("t-adopt", "while :; do echo tick; sleep 0.05; done")
+    record = host.containers.start("t-adopt")
+    host.restart_agent()
+    assert host.containers.record("t-adopt") == record
+    ticks = host.log("t-adopt").count("tick")
+    wait_until(lambda: host.log("t-adopt").count("tick") > ticks)
+    host.containers.kill("t-adopt")
+    wait_until(lambda: host.containers.record("t-adopt").state is State.STOPPED)
+    assert host.containers.record("t-adopt").exit_code == 137
+
+
+def test_end_while_the_agent_is_away(host: Bench) -> None:
+    host.create("t-away", "sleep 0.3; exit 5")
+    host.containers.start("t-away")
+    host.restart_agent(away_s=0.8)
+    wait_until(lambda: host.containers.record("t-away").state is State.STOPPED)
+    assert host.containers.record("t-away").exit_code == 5
+    assert not host.runtime.paths("t-away").netns.exists()
+
+
+def test_start_after_a_reboot(host: Bench) -> None:
+    """As after a power cut: the processes, /run and the mounts are gone, the record says that it runs."""
+    host.create("t-boot")
+    host.containers.start("t-boot")
+    host.restart_agent(reboot=True)
+    wait_until(lambda: host.containers.record("t-boot").state is State.STOPPED)
+    assert host.containers.record("t-boot").exit_code is None
+    host.containers.start("t-boot")
+    assert run(host, "t-boot", "echo", "here")[1] == "here\n"
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "starts_again"),
+    [
+        (container_pb2.RESTART_POLICY_NO, 1, False),
+        (container_pb2.RESTART_POLICY_ON_FAILURE, 0, False),
+        (container_pb2.RESTART_POLICY_ON_FAILURE, 3, True),
+        (container_pb2.RESTART_POLICY_ALWAYS, 0, True),
+    ],
+)
+def test_restart_policy(host: Bench, policy: container_pb2.RestartPolicy, code: int, starts_again: bool) -> None:
+    host.create("t-policy", f"sleep 0.1; exit {code}", restart_policy=policy)
+    host.containers.start("t-policy")
+    if starts_again:
+        wait_until(lambda: host.containers.record("t-policy").restarts > 1)
+        host.containers.stop("t-policy", timeout_s=0)
+    wait_until(lambda: host.containers.record("t-policy").state is State.STOPPED)
+    restarts = host.containers.record("t-policy").restarts
+    time.sleep(0.5)
+    assert host.containers.record("t-policy").restarts == restarts
+    assert host.containers.record("t-policy").state is State.STOPPED
+
+
+def test_one_operation_at_a_time(host: Bench) -> None:
+    host.create("t-busy")
+    with host.containers.hold("t-busy", "migration 7 is under way"), pytest.raises(Busy, match="migration 7"):
+        host.containers.start("t-busy")
+    host.containers.start("t-busy")
+
+
+def test_limits_and_seccomp(host: Bench) -> None:
+    host.create("t-limit", memory_limit_bytes=32 << 20, cpu_millis=500, pids_limit=20)
+    host.containers.start("t-limit")
+    assert run(host, "t-limit", "mount", "-t", "tmpfs", "x", "/tmp")[0] != 0
+    assert run(host, "t-limit", "ls", "/dev/shm")[0] == 0
+    code, _, errors = run(host, "t-limit", "sh", "-c", "for i in $(seq 30); do sleep 1 & done")
+    assert code != 0 and "fork" in errors
+
+
+@pytest.mark.parametrize("name", ["", "../x", "Upper", "a" * 32, "-a", "a/b"])
+def test_names(host: Bench, name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        host.create(name)
+
+
+def test_failed_start_leaves_nothing(host: Bench) -> None:
+    host.containers.create("t-fail", container_pb2.ContainerSpec(image="tiny", command=["/no/such/program"]))
+    with pytest.raises(ExecutionError, match="no such file"):
+        host.containers.start("t-fail")
+    assert host.containers.record("t-fail").state is State.CREATED
+    assert not host.containers.cgroup("t-fail").folders()
+    assert not host.runtime.paths("t-fail").netns.exists()
+    assert not host.runtime.known()
