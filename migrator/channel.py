@@ -1,0 +1,65 @@
+"""gRPC channels to agents: over mutual TLS to a host that has to prove its name, or over the local socket."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from migrator.errors import Unreachable
+
+MESSAGE_BYTES = 4 << 20
+# A dead peer is noticed within KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS; the server has to allow pings as often.
+KEEPALIVE_MS = 3000
+KEEPALIVE_TIMEOUT_MS = 2000
+
+
+@dataclass(frozen=True)
+class Tls:
+    """The PEM files of an identity and of the CA that it and its peers are signed by."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+def options(name: str = "") -> list[tuple[str, Any]]:
+    """A client's channel options; `name` is what the server's certificate has to carry."""
+    made: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),
+        # Channels to one address with the same options share a connection otherwise, and one failure hits them all.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if name:
+        made.append(("grpc.ssl_target_name_override", name))
+    return made
+
+
+def connect(address: str, *, name: str, tls: Tls) -> grpc.Channel:
+    """A channel to host:port, whose certificate must carry `name`. Nothing is sent before the first call.
+
+    The files are read now: make a channel per piece of work, and renewed certificates are used from the next one on.
+    Raises Unreachable if one of the files cannot be read.
+    """
+    try:
+        credentials = grpc.ssl_channel_credentials(
+            tls.ca.read_bytes(), tls.key.read_bytes(), tls.certificate.read_bytes()
+        )
+    except OSError as error:
+        raise Unreachable(
+            f"no connection to {name or address} without certificates: {error.filename}: {error.strerror}; "
+            "make them with `migrator cert`"
+        ) from error
+    return grpc.secure_channel(address, credentials, options(name))
+
+
+def connect_local(socket: Path) -> grpc.Channel:
+    """A channel to the agent of this machine."""
+    return grpc.insecure_channel(f"unix:{socket}", options())
