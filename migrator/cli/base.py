@@ -98,7 +98,7 @@ class _Shared(click.Command):
     def _guarded(self, words: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
         import grpc
 
-        from migrator.cli.failures import from_rpc
+        from migrator.status import from_rpc
 
         try:
             # A copy: click takes words out of the list as it goes.

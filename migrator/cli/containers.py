@@ -8,12 +8,13 @@ import click
 import grpc
 
 from migrator.cli import output
-from migrator.cli.amounts import DURATION_MS, format_size
+from migrator.cli.amounts import DURATION_MS
 from migrator.cli.base import Command, settings
-from migrator.cli.connection import READ_S, WORK_S, agent
-from migrator.cli.failures import from_rpc, is_lost
+from migrator.cli.connection import READ_S, WORK_S, agent, is_lost
 from migrator.cli.names import CONTAINER
 from migrator.errors import InvalidArgument
+from migrator.status import from_rpc
+from migrator.units import format_size
 from migrator.v1 import container_pb2
 from migrator.v1.container_pb2_grpc import ContainerServiceStub
 

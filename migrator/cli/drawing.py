@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from migrator.cli.amounts import format_ms, format_size
+from migrator.units import format_duration, format_size
 from migrator.v1 import migration_pb2
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class Lines:
             phases[self._shown].duration_ms or self._shown + 1 < len(phases) or migration.outcome
         ):
             phase = phases[self._shown]
-            steps = ", ".join(f"{step.name} {format_ms(step.duration_ms)}" for step in phase.steps)
+            steps = ", ".join(f"{step.name} {format_duration(step.duration_ms)}" for step in phase.steps)
             more = f" ({steps})" if steps else ""
-            print(f"migrate: {phase.name} {format_ms(phase.duration_ms)}{more}", file=sys.stderr, flush=True)
+            print(f"migrate: {phase.name} {format_duration(phase.duration_ms)}{more}", file=sys.stderr, flush=True)
             self._shown += 1
 
     def note(self, text: str) -> None:
@@ -83,8 +83,10 @@ def render(migration: migration_pb2.Migration) -> "RenderableType":
     for index, phase in enumerate(migration.phases):
         ended = phase.duration_ms or index + 1 < len(migration.phases) or migration.outcome
         if ended:
-            detail = "  ".join(f"{step.name} {format_ms(step.duration_ms)}" for step in phase.steps)
-            grid.add_row(Text("✓", style="green"), phase.name, format_ms(phase.duration_ms), Text(detail, style="dim"))
+            detail = "  ".join(f"{step.name} {format_duration(step.duration_ms)}" for step in phase.steps)
+            grid.add_row(
+                Text("✓", style="green"), phase.name, format_duration(phase.duration_ms), Text(detail, style="dim")
+            )
         elif phase.name in ("precopy", "final") and migration.progress:
             grid.add_row(
                 Spinner("dots"), phase.name, "", ProgressBar(total=1.0, completed=migration.progress, width=30)

@@ -12,10 +12,10 @@ import grpc
 
 from migrator.cli import drawing
 from migrator.cli.base import settings
-from migrator.cli.connection import READ_S, explain, open_channel
-from migrator.cli.failures import from_rpc, is_lost
+from migrator.cli.connection import READ_S, explain, is_lost, open_channel
 from migrator.cli.settings import Endpoint, endpoint
 from migrator.errors import MigratorError, Uncertain
+from migrator.status import from_rpc
 from migrator.v1 import migration_pb2
 from migrator.v1.migration_pb2_grpc import MigrationServiceStub
 

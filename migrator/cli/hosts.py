@@ -3,10 +3,10 @@
 import click
 
 from migrator.cli import output
-from migrator.cli.amounts import format_size
 from migrator.cli.base import Command, settings
 from migrator.cli.connection import READ_S, agent
 from migrator.errors import Exit
+from migrator.units import format_size
 from migrator.v1 import host_pb2
 from migrator.v1.host_pb2_grpc import HostServiceStub
 

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from migrator.cli import output
-from migrator.cli.amounts import format_size
 from migrator.cli.base import Group, settings
 from migrator.cli.connection import READ_S, agent
 from migrator.cli.names import IMAGE
 from migrator.errors import Exit, Unreachable
+from migrator.units import format_size
 from migrator.v1 import image_pb2
 from migrator.v1.image_pb2_grpc import ImageServiceStub
 

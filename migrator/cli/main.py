@@ -11,6 +11,7 @@ import click
 from migrator.cli.base import Command, Group
 
 COMMANDS = {
+    "cert": "certificates:group",
     "completion": "completion:command",
     "create": "create:command",
     "doctor": "hosts:doctor",

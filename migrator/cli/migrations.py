@@ -3,11 +3,11 @@
 import click
 
 from migrator.cli import output
-from migrator.cli.amounts import format_ms
 from migrator.cli.base import Group, settings
 from migrator.cli.connection import READ_S, agent
 from migrator.cli.follow import watch as watch_migration
 from migrator.cli.summary import exit_code, migration_object, outcome_name, write_summary
+from migrator.units import format_duration
 from migrator.v1 import migration_pb2
 from migrator.v1.migration_pb2_grpc import MigrationServiceStub
 
@@ -32,8 +32,8 @@ def ls() -> None:
             migration.container,
             migration.destination,
             outcome_name(migration),
-            format_ms(migration.downtime_ms) if migration.downtime_ms else "-",
-            format_ms(migration.total_ms) if migration.total_ms else "-",
+            format_duration(migration.downtime_ms) if migration.downtime_ms else "-",
+            format_duration(migration.total_ms) if migration.total_ms else "-",
             output.iso(migration.create_time) or "-",
         ]
         for migration in found

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from migrator.channel import Tls
 from migrator.errors import InvalidArgument
 
 SOCKET = "/run/migrator/agent.sock"
 CLIENT_FILE = Path("/etc/migrator/client.toml")
 AGENT_FILE = Path("/etc/migrator/config.toml")
-DEFAULT_PORT = 7443
+TLS_FILES = {
+    "ca": "/etc/migrator/ca.crt",
+    "certificate": "/etc/migrator/host.crt",
+    "key": "/etc/migrator/host.key",
+}
 
 
 @dataclass
@@ -32,33 +37,38 @@ class Settings:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Either a UNIX socket, or an address with the three files of mutual TLS."""
+    """Either a local socket, or host:port with an identity; `name` is what the server's certificate must carry."""
 
-    socket: str = ""
-    address: str = ""
-    ca: Path = Path()
-    cert: Path = Path()
-    key: Path = Path()
+    socket: Path | None
+    address: str
+    name: str
+    tls: Tls
 
     def __str__(self) -> str:
-        return self.address or self.socket
+        return f"this machine ({self.socket})" if self.socket is not None else self.name or self.address
 
 
 def endpoint(settings: Settings) -> Endpoint:
     """The agent to ask. Options win over the environment, and that over client.toml and the agent's own config.toml.
 
-    Raises InvalidArgument for a host without an address, or where a file for TLS is not given.
+    Raises InvalidArgument for a host without an address.
     """
+    files = [_read(CLIENT_FILE), _read(AGENT_FILE)]
+    tls = Tls(
+        ca=_tls_file("ca", settings.ca or os.environ.get("MIGRATOR_CA"), files),
+        certificate=_tls_file("certificate", settings.cert or os.environ.get("MIGRATOR_CERT"), files),
+        key=_tls_file("key", settings.key or os.environ.get("MIGRATOR_KEY"), files),
+    )
     host = settings.host or (None if settings.socket else os.environ.get("MIGRATOR_HOST"))
     if not host:
-        return Endpoint(socket=settings.socket or os.environ.get("MIGRATOR_SOCKET") or SOCKET)
-    files = [_read(CLIENT_FILE), _read(AGENT_FILE)]
-    return Endpoint(
-        address=_address(host, files),
-        ca=_tls_file("ca", settings.ca, files),
-        cert=_tls_file("cert", settings.cert, files),
-        key=_tls_file("key", settings.key, files),
-    )
+        return Endpoint(Path(settings.socket or os.environ.get("MIGRATOR_SOCKET") or SOCKET), "", "", tls)
+    for file in files:
+        address = _table(file, "peers").get(host)
+        if isinstance(address, str):
+            return Endpoint(None, address, host, tls)
+    if not host.rpartition(":")[2].isdigit() or ":" not in host:
+        raise InvalidArgument(f"host {host!r} is not in [peers] of {CLIENT_FILE} or {AGENT_FILE}: give it as HOST:PORT")
+    return Endpoint(None, host, "", tls)
 
 
 def peer_names() -> list[str]:
@@ -66,35 +76,12 @@ def peer_names() -> list[str]:
     return sorted({name for file in (CLIENT_FILE, AGENT_FILE) for name in _table(_read(file), "peers")})
 
 
-def _address(host: str, files: list[dict[str, Any]]) -> str:
+def _tls_file(name: str, given: str | None, files: list[dict[str, Any]]) -> Path:
     for file in files:
-        peer = _table(file, "peers").get(host)
-        if isinstance(peer, dict):
-            peer = peer.get("address")
-        if isinstance(peer, str):
-            return peer
-    if ":" in host or "." in host:
-        return host if _has_port(host) else f"{host}:{DEFAULT_PORT}"
-    raise InvalidArgument(
-        f"host {host!r} is not in [peers] of {CLIENT_FILE} or {AGENT_FILE}; give its address as HOST:PORT"
-    )
-
-
-def _has_port(host: str) -> bool:
-    return host.rpartition("]")[2].count(":") == 1 or (host.count(":") == 1)
-
-
-def _tls_file(name: str, option: str | None, files: list[dict[str, Any]]) -> Path:
-    given = option or os.environ.get(f"MIGRATOR_{name.upper()}")
-    aliases = {"ca": ("ca",), "cert": ("cert", "certificate"), "key": ("key",)}[name]
-    for file in files:
-        for alias in aliases:
-            given = given or _table(file, "tls").get(alias)
-    if not given:
-        raise InvalidArgument(
-            f"a remote host needs --{name} (or MIGRATOR_{name.upper()}, or [tls] {name} in {CLIENT_FILE})"
-        )
-    return Path(given)
+        found = _table(file, "tls").get(name)
+        if not given and isinstance(found, str):
+            given = found
+    return Path(given or TLS_FILES[name])
 
 
 def _table(file: dict[str, Any], name: str) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import ipaddress
 import re
 from typing import Any
 
-from migrator.cli.amounts import parse_size
 from migrator.errors import InvalidArgument
+from migrator.units import parse_size
 from migrator.v1 import container_pb2
 
 RESTART = {

@@ -3,8 +3,8 @@
 import sys
 
 from migrator.cli import output
-from migrator.cli.amounts import format_ms, format_size
 from migrator.errors import Exit
+from migrator.units import format_duration, format_size
 from migrator.v1 import migration_pb2
 
 # Where the agent gave no exit code of its own.
@@ -65,7 +65,7 @@ def write_summary(migration: migration_pb2.Migration) -> None:
     """How it ended: the result on standard output, what went wrong on standard error."""
     if migration.outcome == migration_pb2.OUTCOME_MIGRATED:
         print(f"{migration.container} moved from {migration.source} to {migration.destination}")
-        print(f"  downtime  {format_ms(migration.downtime_ms)} of {format_ms(migration.total_ms)} in all")
+        print(f"  downtime  {format_duration(migration.downtime_ms)} of {format_duration(migration.total_ms)} in all")
         sizes = migration.bytes
         print(
             f"  moved     {format_size(sizes.memory)} of memory, {format_size(sizes.disk)} of disk; "

@@ -9,8 +9,16 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 
-from migrator.v1 import container_pb2, container_pb2_grpc, host_pb2, host_pb2_grpc, image_pb2, image_pb2_grpc
-from migrator.v1 import migration_pb2, migration_pb2_grpc
+from migrator.v1 import (
+    container_pb2,
+    container_pb2_grpc,
+    host_pb2,
+    host_pb2_grpc,
+    image_pb2,
+    image_pb2_grpc,
+    migration_pb2,
+    migration_pb2_grpc,
+)
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -188,12 +196,13 @@ class Migrations(migration_pb2_grpc.MigrationServiceServicer):
                 self._end(found, migration_pb2.OUTCOME_UNCERTAIN, "", "UNCERTAIN", "no answer", 7)
             else:
                 found.downtime_ms, found.bytes.memory = 143.25, 23 << 20
-                self._end(found, migration_pb2.OUTCOME_MIGRATED, found.destination, "", "", 0)
+                self._end(found, migration_pb2.OUTCOME_MIGRATED, found.destination)
         yield migration_pb2.WatchMigrationResponse(migration=found)
 
-    def _end(self, found, outcome, where: str, reason: str, error: str, exit_code: int) -> None:
+    def _end(self, found, outcome, where: str, *failure: str | int) -> None:
         found.outcome, found.where_running = outcome, where
-        found.reason, found.error, found.exit_code = reason, error, exit_code
+        if failure:
+            found.reason, found.error, found.exit_code = failure
         found.total_ms = 1234.5
 
 

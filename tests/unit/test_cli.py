@@ -198,7 +198,7 @@ def test_an_interrupt_cancels_and_waits_for_the_end(agent: FakeAgent, host: str,
     with popen(agent, "migrate", "ct101", host) as process:
         assert waiting.wait(10)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=10)
     assert process.returncode == code, err
     assert part in err and "Traceback" not in err
 
@@ -215,3 +215,43 @@ def test_a_watch_goes_on_after_the_agent_was_started_again(agent: FakeAgent) -> 
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     assert json.loads(out)["outcome"] == "migrated"
+
+
+def test_certificates_are_made_without_an_agent(tmp_path: Path) -> None:
+    folder = str(tmp_path / "ca")
+    assert CliRunner().invoke(main, ["cert", "init", folder]).exit_code == 0
+    words = ["cert", "issue", folder, "host-a", "--role", "peer", "--address", "10.0.0.1", "-o", "json"]
+    made = json.loads(CliRunner().invoke(main, words).stdout)
+    assert Path(made["certificate"]).exists() and Path(made["key"]).stat().st_mode & 0o77 == 0
+    assert CliRunner().invoke(main, words).exit_code == 2
+
+
+def test_an_agent_that_stays_away_leaves_7_and_what_is_known(agent: FakeAgent) -> None:
+    waiting = threading.Event()
+    agent.migrations.on_waiting = waiting.set
+    script = "import migrator.cli.follow as f; f.RECONNECT_S = 1.0; " + SCRIPT
+    words = [sys.executable, "-c", script, "--socket", agent.socket, "migrate", "ct101", "gone", "-o", "json"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert waiting.wait(10)
+        agent.close()
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 7, err
+    found = json.loads(out)
+    assert (found["outcome"], found["where_running"]) == ("uncertain", None)
+    assert "went away during precopy" in found["error"]["message"]
+    assert "Traceback" not in err
+
+
+def test_migrate_on_a_terminal_draws_the_phases(agent: FakeAgent) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        words = program(agent, "migrate", "ct101", "host-b")
+        done = subprocess.run(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, timeout=20
+        )
+        shown = os.read(ours, 100_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 0 and "ct101 moved" in done.stdout
+    assert all(name in shown for name in ("preflight", "precopy", "handover"))
