@@ -23,7 +23,7 @@ MIN_POOL_BYTES = 512 << 20
 class Network:
     """Where containers are connected, and the addresses that this host hands out.
 
-    The pools are this host's share; the prefix lengths are those of the whole network. An empty pool: none of that kind.
+    The pools are this host's share; the prefix lengths are those of the whole network. No addresses from an empty pool.
     """
 
     bridge: str = "br0"
@@ -131,7 +131,7 @@ def _check_family(version: int, pool: str, prefix: int, gateway: str) -> None:
 
 def _peers(table: "_Table") -> dict[str, str]:
     peers = {}
-    for name in table.keys():
+    for name in table.names():
         _matching(f"peers.{name}", name, HOST_NAME)
         peers[name] = _address(f"peers.{name}", table.text(name, ""))
         if not peers[name]:
@@ -175,7 +175,7 @@ class _Table:
         self._values = values
         self._known: set[str] = set()
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._values)
 
     def value(self, key: str, default: Any, kinds: tuple[type, ...]) -> Any:
@@ -210,7 +210,6 @@ class _Table:
             if key in self._known:
                 continue
             near = difflib.get_close_matches(key, self._known, n=1)
-            hint = (
-                f"; did you mean {self._prefix}{near[0]}?" if near else f"; known are {', '.join(sorted(self._known))}"
-            )
-            raise InvalidArgument(f"{self._prefix}{key} is not a known key{hint}")
+            known = ", ".join(sorted(self._known))
+            hint = f"did you mean {self._prefix}{near[0]}?" if near else f"known are {known}"
+            raise InvalidArgument(f"{self._prefix}{key} is not a known key; {hint}")

@@ -3,6 +3,8 @@
 ErrorInfo carries the stable reason, the domain "migrator", and the command line's exit code in its metadata.
 """
 
+import contextlib
+
 import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -71,10 +73,9 @@ def from_rpc(error: grpc.RpcError, host: str = "") -> MigratorError:
         return _without_info(error.code(), message, whose)
     kind = _BY_REASON.get(info.metadata.get("type", "")) or _TYPES.get(error.code(), MigratorError)
     made = kind(message, reason=info.reason or None)
-    try:
+    # An exit code of a newer version is not known here: then the type's own is right.
+    with contextlib.suppress(ValueError):
         made.exit_code = Exit(int(info.metadata.get(EXIT_CODE, "")))
-    except ValueError:
-        pass  # an exit code of a newer version: the type's own is right
     return made
 
 
@@ -109,11 +110,11 @@ def _without_info(code: grpc.StatusCode, message: str, whose: str) -> MigratorEr
 
 def _connection_hint(message: str) -> str:
     lowered = message.lower()
-    # Under TLS 1.3 a server that refuses the client's certificate is seen as a connection that closes after the handshake.
     if any(word in lowered for word in ("ssl", "tls", "handshake", "certificate", "name verification", "peer name")):
         return "the certificates do not fit; see `migrator doctor` for those of this host, and compare both hosts' CA"
     if "no such file" in lowered or "connection refused" in lowered:
         return "is migrator-agent running there?"
+    # A server refuses a certificate under TLS 1.3 after the handshake has ended for the client.
     if "socket closed" in lowered or "connection reset" in lowered or "broken pipe" in lowered:
         return "it closed the connection: is it stopping, or does it not accept this host's certificate?"
     return "is the host up, and migrator-agent running there?"
