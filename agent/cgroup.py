@@ -187,7 +187,7 @@ class Cgroup:
         return max(0, usage - int(statistics.get(cached, "0")))
 
     def join(self, pid: int) -> None:
-        """Move a process of the host into the group, made if need be, in the hierarchies that service managers watch."""
+        """Move a process of the host into the group, made if need be, where service managers watch."""
         roots = {self._mounted.controllers.get("systemd"), self._mounted.unified} - {None}
         for root in roots:
             assert root is not None

@@ -9,14 +9,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Protocol
 
 import structlog
 
 from agent import oci, processes
 from agent.assembly import Assembly
 from agent.cgroup import Cgroup
+from agent.container_needs import Addresses, Images
 from agent.container_records import Record, Records, State, now_ms
 from agent.database import Database
 from agent.executor import Execution
@@ -36,28 +35,6 @@ KILL_TIMEOUT_S = 10.0
 EXIT_FILE_TIMEOUT_S = 5.0
 
 log = structlog.get_logger()
-
-
-class Image(Protocol):
-    """What a container is cloned from."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def filesystem(self) -> str: ...
-
-
-class Images(Protocol):
-    """The host's images. `get` raises NotFound."""
-
-    def get(self, name: str) -> Image: ...
-
-
-class Addresses(Protocol):
-    """Fills in names, MACs, bridges and automatic addresses, and refuses those that are taken (ADDRESS_IN_USE)."""
-
-    def assign(self, container: str, spec: ContainerSpec, others: Sequence[ContainerSpec]) -> None: ...
 
 
 class Containers:
@@ -124,18 +101,8 @@ class Containers:
         return self._leases.operation(name)
 
     def exec_sessions(self, name: str) -> list[tuple[int, str]]:
-        """(pid, command) of processes that did not come from the container's first one: a checkpoint cannot hold them."""
-        init = self.init_pid(name)
-        known, strangers = {init}, []
-        for pid in self.cgroup(name).pids():
-            line = [pid]
-            while line[-1] not in known and (above := processes.parent(line[-1])) > 1 and above not in line:
-                line.append(above)
-            if line[-1] in known:
-                known.update(line)
-            elif command := processes.command(pid):
-                strangers.append((pid, command))
-        return strangers
+        """(pid, command) of processes that are not the first one's descendants: a checkpoint cannot hold them."""
+        return processes.strangers(self.init_pid(name), self.cgroup(name).pids())
 
     def execute(
         self,
@@ -147,7 +114,7 @@ class Containers:
         user: str = "",
         terminal: tuple[int, int] | None = None,
     ) -> Execution:
-        """Run a command in the container; `terminal` is (rows, columns). Holds nothing: a migration may begin meanwhile."""
+        """Run a command in the container; `terminal` is (rows, columns). Holds nothing: a migration may begin."""
         record = self._records.get(name)
         self._require(record, "run a command in", State.RUNNING)
         operation = self._leases.operation(name)
@@ -196,11 +163,11 @@ class Containers:
             return self._start(record, restarts=0)
 
     def stop(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> Record:
-        """SIGTERM, and SIGKILL after the timeout; returns when everything is at rest. Nothing to do if it is stopped."""
+        """SIGTERM, and SIGKILL after the timeout; returns when all is at rest. Nothing to do if it is stopped."""
         with self.hold(name, "it is being stopped"):
             self._clock.cancel(name)
-            record = self._records.update(name, should_run=0) if self._records.get(name) else self._records.get(name)
-            self._refuse(record, "stop", State.ARRIVING)
+            self._refuse(self._records.get(name), "stop", State.ARRIVING)
+            record = self._records.update(name, should_run=0)
             if not record.state.is_live:
                 return record
             self.cgroup(name).thaw()

@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Process:
         return Process.find(self.pid) == self
 
     def open(self) -> int | None:
-        """A pidfd (Linux 5.3) which is readable once the process has ended; None if it is gone. The caller closes it."""
+        """A pidfd (Linux 5.3) readable once the process has ended; None if it is gone. The caller closes it."""
         try:
             descriptor = os.pidfd_open(self.pid)
         except OSError as error:
@@ -75,6 +76,20 @@ def command(pid: int) -> str:
         return line or f"[{Path(f'/proc/{pid}/comm').read_text().strip()}]"
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def strangers(init: int, pids: Iterable[int]) -> list[tuple[int, str]]:
+    """(pid, command) of those that are not descendants of `init`."""
+    known, found = {init}, []
+    for pid in pids:
+        line = [pid]
+        while line[-1] not in known and (above := parent(line[-1])) > 1 and above not in line:
+            line.append(above)
+        if line[-1] in known:
+            known.update(line)
+        elif text := command(pid):
+            found.append((pid, text))
+    return found
 
 
 def _stat(pid: int) -> list[str] | None:

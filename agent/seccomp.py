@@ -23,8 +23,8 @@ _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} of sch
 _BY_CAPABILITY = {
     "CAP_SYS_ADMIN": [
         "bpf", "fanotify_init", "fsconfig", "fsmount", "fsopen", "fspick", "lookup_dcookie", "mount", "mount_setattr",
-        "move_mount", "open_tree", "perf_event_open", "pivot_root", "quotactl", "quotactl_fd", "setns", "umount", "umount2",
-        "unshare",
+        "move_mount", "open_tree", "perf_event_open", "pivot_root", "quotactl", "quotactl_fd", "setns", "umount",
+        "umount2", "unshare",
     ],
     "CAP_SYS_MODULE": ["create_module", "delete_module", "finit_module", "init_module", "query_module"],
     "CAP_SYS_BOOT": ["kexec_file_load", "kexec_load", "reboot"],
@@ -33,11 +33,12 @@ _BY_CAPABILITY = {
     "CAP_SYS_PACCT": ["acct"],
     "CAP_DAC_READ_SEARCH": ["open_by_handle_at"],
     "CAP_SYSLOG": ["syslog"],
-    "CAP_SYS_NICE": ["get_mempolicy", "mbind", "migrate_pages", "move_pages", "set_mempolicy", "set_mempolicy_home_node"],
+    "CAP_SYS_NICE": ["get_mempolicy", "mbind", "migrate_pages", "move_pages", "set_mempolicy",
+                     "set_mempolicy_home_node"],
 }  # fmt: skip
 _ALWAYS = [
-    "_sysctl", "add_key", "get_kernel_syms", "keyctl", "nfsservctl", "request_key", "swapoff", "swapon", "sysfs", "uselib",
-    "userfaultfd", "ustat", "vm86", "vm86old",
+    "_sysctl", "add_key", "get_kernel_syms", "keyctl", "nfsservctl", "request_key", "swapoff", "swapon", "sysfs",
+    "uselib", "userfaultfd", "ustat", "vm86", "vm86old",
 ]  # fmt: skip
 _UNKNOWN = ["io_uring_enter", "io_uring_register", "io_uring_setup"]
 

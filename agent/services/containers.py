@@ -59,18 +59,16 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
         message.restarts = record.restarts
         return message
 
-    def CreateContainer(  # noqa: N802 - the API's name
+    def CreateContainer(
         self, request: pb.CreateContainerRequest, context: grpc.ServicerContext
     ) -> pb.CreateContainerResponse:
         record = self._containers.create(request.name, request.spec)
         return pb.CreateContainerResponse(container=self.describe(record))
 
-    def GetContainer(  # noqa: N802
-        self, request: pb.GetContainerRequest, context: grpc.ServicerContext
-    ) -> pb.GetContainerResponse:
+    def GetContainer(self, request: pb.GetContainerRequest, context: grpc.ServicerContext) -> pb.GetContainerResponse:
         return pb.GetContainerResponse(container=self.describe(self._containers.record(request.name)))
 
-    def ListContainers(  # noqa: N802
+    def ListContainers(
         self, request: pb.ListContainersRequest, context: grpc.ServicerContext
     ) -> pb.ListContainersResponse:
         response = pb.ListContainersResponse()
@@ -83,18 +81,18 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
                     raise
         return response
 
-    def DeleteContainer(  # noqa: N802
+    def DeleteContainer(
         self, request: pb.DeleteContainerRequest, context: grpc.ServicerContext
     ) -> pb.DeleteContainerResponse:
         self._containers.delete(request.name, force=request.force)
         return pb.DeleteContainerResponse()
 
-    def StartContainer(  # noqa: N802
+    def StartContainer(
         self, request: pb.StartContainerRequest, context: grpc.ServicerContext
     ) -> pb.StartContainerResponse:
         return pb.StartContainerResponse(container=self.describe(self._containers.start(request.name)))
 
-    def StopContainer(  # noqa: N802
+    def StopContainer(
         self, request: pb.StopContainerRequest, context: grpc.ServicerContext
     ) -> pb.StopContainerResponse:
         timeout_ms = request.timeout_ms or DEFAULT_STOP_MS
@@ -102,23 +100,23 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
             raise InvalidArgument(f"a timeout of {timeout_ms} ms is not between 1 ms and a day")
         return pb.StopContainerResponse(container=self.describe(self._containers.stop(request.name, timeout_ms / 1000)))
 
-    def KillContainer(  # noqa: N802
+    def KillContainer(
         self, request: pb.KillContainerRequest, context: grpc.ServicerContext
     ) -> pb.KillContainerResponse:
         self._containers.kill(request.name, request.signal or DEFAULT_KILL_SIGNAL)
         return pb.KillContainerResponse()
 
-    def PauseContainer(  # noqa: N802
+    def PauseContainer(
         self, request: pb.PauseContainerRequest, context: grpc.ServicerContext
     ) -> pb.PauseContainerResponse:
         return pb.PauseContainerResponse(container=self.describe(self._containers.pause(request.name)))
 
-    def ResumeContainer(  # noqa: N802
+    def ResumeContainer(
         self, request: pb.ResumeContainerRequest, context: grpc.ServicerContext
     ) -> pb.ResumeContainerResponse:
         return pb.ResumeContainerResponse(container=self.describe(self._containers.resume(request.name)))
 
-    def Exec(  # noqa: N802
+    def Exec(
         self, request_iterator: Iterator[pb.ExecRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ExecResponse]:
         first = next(request_iterator, None)
@@ -137,9 +135,7 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
         with execution:
             yield from _stream(execution, request_iterator, context)
 
-    def ReadLog(  # noqa: N802
-        self, request: pb.ReadLogRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.ReadLogResponse]:
+    def ReadLog(self, request: pb.ReadLogRequest, context: grpc.ServicerContext) -> Iterator[pb.ReadLogResponse]:
         name = self._containers.record(request.name).name
         if request.tail < 0:
             raise InvalidArgument(f"{request.tail} lines cannot be read")
