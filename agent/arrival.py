@@ -94,6 +94,8 @@ class Arriving:
         )
         config["annotations"] = {"org.criu.config": str(self._restore.configuration)}
         (self._paths.bundle / "config.json").write_text(json.dumps(config, indent=1))
+        # runc looks for it before it waits; it is mounted before runc goes on.
+        self._paths.rootfs.mkdir()
         self._managers.networks.create(self._name, self._links)
         self._hold = TrafficHold(_tap_name(self._name), self._links)
 

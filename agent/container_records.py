@@ -6,7 +6,7 @@ from enum import StrEnum
 from sqlite3 import Row
 
 from agent.database import Database
-from migrator.errors import AlreadyExists, NotFound
+from migrator.errors import AlreadyExists, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec
 
 SCHEMA = """
@@ -58,6 +58,19 @@ class Record:
     init_ticks: int
     conmon_pid: int
     conmon_ticks: int
+
+    def refuse(self, verb: str, *states: State) -> None:
+        """Raise Precondition (WRONG_STATE) in one of these states."""
+        if self.state in states:
+            raise Precondition(f"cannot {verb} container {self.name}: it is {self.state}", reason="WRONG_STATE")
+
+    def require(self, verb: str, *states: State) -> None:
+        """Raise Precondition (WRONG_STATE) in any other state."""
+        if self.state not in states:
+            wanted = " or ".join(states)
+            raise Precondition(
+                f"cannot {verb} container {self.name}: it is {self.state}, not {wanted}", reason="WRONG_STATE"
+            )
 
 
 class Records:

@@ -116,7 +116,7 @@ class Containers:
     ) -> Execution:
         """Run a command in the container; `terminal` is (rows, columns). Holds nothing: a migration may begin."""
         record = self._records.get(name)
-        self._require(record, "run a command in", State.RUNNING)
+        record.require("run a command in", State.RUNNING)
         operation = self._leases.operation(name)
         if operation is not None:
             raise Busy(f"container {name} is busy: {operation}; try again when that is done")
@@ -158,7 +158,7 @@ class Containers:
         """Let it run. Raises Precondition if it does already."""
         with self.hold(name, "it is being started"):
             record = self._records.get(name)
-            self._refuse(record, "start", State.RUNNING, State.PAUSED, State.ARRIVING)
+            record.refuse("start", State.RUNNING, State.PAUSED, State.ARRIVING)
             self._clock.cancel(name)
             return self._start(record, restarts=0)
 
@@ -166,7 +166,7 @@ class Containers:
         """SIGTERM, and SIGKILL after the timeout; returns when all is at rest. Nothing to do if it is stopped."""
         with self.hold(name, "it is being stopped"):
             self._clock.cancel(name)
-            self._refuse(self._records.get(name), "stop", State.ARRIVING)
+            self._records.get(name).refuse("stop", State.ARRIVING)
             record = self._records.update(name, should_run=0)
             if not record.state.is_live:
                 return record
@@ -196,14 +196,14 @@ class Containers:
         """Stop its processes where they are, by the freezer."""
         with self.hold(name, "it is being paused"):
             record = self._records.get(name)
-            self._require(record, "pause", State.RUNNING)
+            record.require("pause", State.RUNNING)
             self.cgroup(name).freeze()
             return self._records.update(name, state=State.PAUSED)
 
     def resume(self, name: str) -> Record:
         with self.hold(name, "it is being resumed"):
             record = self._records.get(name)
-            self._require(record, "resume", State.PAUSED)
+            record.require("resume", State.PAUSED)
             self.cgroup(name).thaw()
             return self._records.update(name, state=State.RUNNING)
 
@@ -211,7 +211,7 @@ class Containers:
         """Delete it with its volumes and log; a running one only with force."""
         with self.hold(name, "it is being deleted"):
             record = self._records.get(name)
-            self._refuse(record, "delete", State.ARRIVING)
+            record.refuse("delete", State.ARRIVING)
             if record.state.is_live and not force:
                 raise Precondition(
                     f"container {name} is {record.state}: stop it first, or use --force", reason="RUNNING"
@@ -232,7 +232,7 @@ class Containers:
             record = self._records.get(name)
         except NotFound:
             return
-        self._require(record, "unreserve", State.ARRIVING)
+        record.require("unreserve", State.ARRIVING)
         self._remove(record)
 
     def adopt(self, name: str, state: State, *, create_time_ms: int, start_time_ms: int, restarts: int = 0) -> Record:
@@ -387,17 +387,6 @@ class Containers:
         """The first process if it lives."""
         process = Process(record.init_pid, record.init_ticks)
         return process if record.init_pid and process.is_alive() else None
-
-    def _refuse(self, record: Record, verb: str, *states: State) -> None:
-        if record.state in states:
-            raise Precondition(f"container {record.name} is {record.state}: it cannot {verb} now", reason="WRONG_STATE")
-
-    def _require(self, record: Record, verb: str, *states: State) -> None:
-        if record.state not in states:
-            wanted = " or ".join(states)
-            raise Precondition(
-                f"cannot {verb} container {record.name}: it is {record.state}, not {wanted}", reason="WRONG_STATE"
-            )
 
 
 def _processes(launched: Launched) -> dict[str, int]:
