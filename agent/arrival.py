@@ -133,15 +133,19 @@ class Arriving:
         if not self._state.is_live:
             return {}
         began = time.monotonic()
+        # Before the tasks run: the first thing that a task sends, an ARP request, would be lost and repeated after 1 s.
+        self._managers.networks.connect(self._name, self._links, learning=self._hold is None)
+        connected = time.monotonic()
         if self.is_held():
             self._restore.resume(self._launch)
         resumed = time.monotonic()
-        self._managers.networks.connect(self._name, self._links, learning=self._hold is None)
         if self._hold is not None:
             held = self._hold.replay([host_end(self._name, number) for number in range(len(self._links))])
             log.info("replayed", container=self._name, frames=held, dropped=self._hold.frames_dropped)
         self._managers.networks.announce(self._name, self._links)
-        return {"resume": (resumed - began) * 1000, "connect": (time.monotonic() - resumed) * 1000}
+        replayed = time.monotonic()
+        times = {"connect": connected - began, "resume": resumed - connected, "replay": replayed - resumed}
+        return {name: seconds * 1000 for name, seconds in times.items()}
 
     def settle(self) -> None:
         """The container is this host's own."""
