@@ -1,0 +1,159 @@
+"""Taking the lab apart, in an order that works for whatever state a crash has left it in."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from labkit.hosts import CLIENT, MOUNT_POINTS, STATE, SWITCH, Host, wait_for
+
+HOSTS_MAX = 26
+CGROUPS = Path("/sys/fs/cgroup")
+STOP_SECONDS = 20.0
+
+
+def remove() -> None:
+    """Remove every trace of a lab. What holds what decides the order: frozen file systems hold mounts, frozen
+    cgroups hold processes, processes hold namespaces and cgroups, mounts hold loop devices, and those hold files."""
+    hosts = [Host(index) for index in range(1, HOSTS_MAX + 1)]
+    for host in hosts:
+        if host.init_pid():
+            thaw_file_systems(host)
+    for host in hosts:
+        if pid := host.init_pid():
+            os.kill(pid, signal.SIGKILL)
+    groups = cgroups()
+    end_processes(groups)
+    for host in hosts:
+        wait_for(f"the init of {host.name} did not end", STOP_SECONDS, lambda host=host: not host.init_pid())
+    stop_proxy()
+    for name in (SWITCH, CLIENT):
+        if Path("/run/netns", name).exists():
+            subprocess.run(["ip", "netns", "delete", name], check=True)
+    for group in groups:
+        remove_cgroup(group)
+    release_loops()
+    if STATE.exists():
+        shutil.rmtree(STATE)
+    for folder in MOUNT_POINTS:
+        with contextlib.suppress(OSError):  # not empty, or not there: then it is not the lab's to remove
+            folder.rmdir()
+
+
+def thaw_file_systems(host: Host) -> None:
+    """An ext4 that is unmounted frozen keeps its loop device; a thaw of what is not frozen only fails."""
+    mounts = Path(f"/proc/{host.init_pid()}/mounts").read_text().splitlines()
+    for device, folder in (line.split()[:2] for line in mounts):
+        if device.startswith("/dev/loop"):
+            subprocess.run(host.inside("fsfreeze", "--unfreeze", folder), capture_output=True, check=False)
+
+
+def cgroups() -> list[Path]:
+    """The topmost cgroups that carry a lab host's name, in every hierarchy."""
+    found = []
+    for folder, names, _ in os.walk(CGROUPS):
+        ours = [name for name in names if name.startswith("migrator-host-")]
+        found += [Path(folder, name) for name in ours]
+        names[:] = [name for name in names if name not in ours]
+    return found
+
+
+def end_processes(groups: list[Path]) -> None:
+    """Kill what is left in these cgroups, and thaw them, which is when a frozen process takes the signal."""
+    folders = [Path(folder) for group in groups for folder, _, _ in os.walk(group)]
+
+    def none_left() -> bool:
+        present = [folder for folder in folders if folder.exists()]
+        pids = {int(pid) for folder in present for pid in (folder / "cgroup.procs").read_text().split()}
+        for pid in pids - {0}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for folder in folders:
+            for name, thawed in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
+                if (folder / name).exists():
+                    (folder / name).write_text(thawed)
+        return not pids
+
+    wait_for("processes are left in the lab's cgroups", STOP_SECONDS, none_left)
+
+
+def remove_cgroup(group: Path) -> None:
+    for folder, _, _ in os.walk(group, topdown=False):
+
+        def gone(folder: Path = Path(folder)) -> bool:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                return True
+            except OSError:  # busy until its last process is reaped
+                return False
+            return True
+
+        wait_for(f"{folder} is still in use", STOP_SECONDS, gone)
+
+
+def stop_proxy() -> None:
+    try:
+        pid = int((STATE / "proxy.pid").read_text())
+        ours = b"labkit/proxy" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    if ours:
+        os.kill(pid, signal.SIGKILL)
+
+
+def release_loops() -> None:
+    """Detach the loop devices whose backing files are in the lab's folder, or in a file system on such a device."""
+    for device in reversed(list(lab_loops())):
+        subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
+        backing = Path("/sys/block", Path(device).name, "loop/backing_file")
+        deadline = time.monotonic() + 2
+        while backing.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if backing.exists():
+            thaw_lost(device)
+            wait_for(f"{device} is still attached", STOP_SECONDS, lambda backing=backing: not backing.exists())
+
+
+def lab_loops() -> Iterator[str]:
+    """Outer devices first: those on a file in the lab's folder, then those on files inside such a one."""
+    listing = subprocess.run(
+        ["losetup", "--list", "--json", "--output", "NAME,BACK-INO,BACK-MAJ:MIN,MAJ:MIN,BACK-FILE"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    loops = json.loads(listing)["loopdevices"] if listing.strip() else []
+    files = set()
+    for folder, _, names in os.walk(STATE):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = Path(folder, name).lstat()
+                files.add((f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}", found.st_ino))
+    state_device = STATE.stat().st_dev if STATE.exists() else -1
+    state_device_name = f"{os.major(state_device)}:{os.minor(state_device)}" if files else ""
+    ours: set[str] = set()
+    for _ in loops:  # each pass goes one level deeper
+        for loop in loops:
+            backing = loop["back-maj:min"].strip()
+            # A host sees its folder as /var/lib/migrator, and that is the name the kernel has for it once deleted.
+            deleted = loop["back-file"].endswith("(deleted)") and "/var/lib/migrator/" in loop["back-file"]
+            mine = (backing, loop["back-ino"]) in files or backing in ours or (deleted and backing == state_device_name)
+            if mine and loop["maj:min"].strip() not in ours:
+                ours.add(loop["maj:min"].strip())
+                yield loop["name"]
+
+
+def thaw_lost(device: str) -> None:
+    """A file system unmounted while frozen comes back by a mount; thawed, it lets go of its device."""
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.run(["mount", device, folder], capture_output=True, check=False).returncode == 0:
+            subprocess.run(["fsfreeze", "--unfreeze", folder], capture_output=True, check=False)
+            subprocess.run(["umount", folder], check=True)
+    subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
