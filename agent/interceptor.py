@@ -1,8 +1,10 @@
 """Around every call: may this caller do it, who changed what, and failures as statuses."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import structlog
@@ -20,8 +22,14 @@ SUBJECTS = ("name", "container", "migration", "destination")
 log = structlog.get_logger()
 audit = structlog.get_logger("audit")
 
+# grpc's classes are generic in their stubs alone.
+if TYPE_CHECKING:
+    Interceptor = grpc.ServerInterceptor[Any, Any]
+else:
+    Interceptor = grpc.ServerInterceptor
 
-class Guarded(grpc.ServerInterceptor[Any, Any]):
+
+class Guarded(Interceptor):
     """Checks roles, writes the audit log, and answers failures with ErrorInfo. Nothing unexpected is told in detail."""
 
     def intercept_service(
