@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from labkit.hosts import CLIENT, MOUNT_POINTS, STATE, SWITCH, Host, wait_for
@@ -31,7 +32,7 @@ def remove() -> None:
     groups = cgroups()
     end_processes(groups)
     for host in hosts:
-        wait_for(f"the init of {host.name} did not end", STOP_SECONDS, lambda host=host: not host.init_pid())
+        wait_for(f"the init of {host.name} did not end", STOP_SECONDS, partial(is_gone, host))
     stop_proxy()
     for name in (SWITCH, CLIENT):
         if Path("/run/netns", name).exists():
@@ -44,6 +45,14 @@ def remove() -> None:
     for folder in MOUNT_POINTS:
         with contextlib.suppress(OSError):  # not empty, or not there: then it is not the lab's to remove
             folder.rmdir()
+
+
+def is_gone(host: Host) -> bool:
+    return not host.init_pid()
+
+
+def is_detached(backing_file: Path) -> bool:
+    return not backing_file.exists()
 
 
 def thaw_file_systems(host: Host) -> None:
@@ -118,7 +127,7 @@ def release_loops() -> None:
             time.sleep(0.02)
         if backing.exists():
             thaw_lost(device)
-            wait_for(f"{device} is still attached", STOP_SECONDS, lambda backing=backing: not backing.exists())
+            wait_for(f"{device} is still attached", STOP_SECONDS, partial(is_detached, backing))
 
 
 def lab_loops() -> Iterator[str]:
