@@ -67,6 +67,7 @@ esac
 _CRIU_CONFIGURATION = """\
 action-script {hook}
 file-locks
+file-validation filesize
 ghost-limit 1G
 link-remap
 manage-cgroups=ignore

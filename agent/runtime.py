@@ -44,14 +44,10 @@ class ContainerPaths:
 
 @dataclass(frozen=True)
 class Restore:
-    """What `runc restore` is told beside the bundle; `options` go to it as they are.
-
-    `programs` is a folder that comes first on its PATH: runc finds its criu there.
-    """
+    """CRIU's images, and a folder that comes first on runc's PATH: it finds its criu there."""
 
     images: Path
-    options: Sequence[str] = ()
-    programs: Path | None = None
+    programs: Path
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ class Runtime:
         for stale in (paths.exit_file, paths.init_pid, paths.conmon_pid, paths.runc_log, paths.run / "exit"):
             stale.unlink(missing_ok=True)
         environment = self.environment()
-        if restore is not None and restore.programs is not None:
+        if restore is not None:
             environment["PATH"] = f"{restore.programs}:{environment['PATH']}"
         ours, theirs = os.pipe()
         try:

@@ -32,6 +32,9 @@ class DumpRequest:
 
     pid: int
     images: Path
+    # For its log, and a file of options that its RPC does not have.
+    work: Path
+    configuration: Path
     root: Path
     freezer: Path
     # Key to value of CRIU's external mounts: bind mounts and masked files.
@@ -82,21 +85,24 @@ class Criu:
 
         Raises ExecutionError with the last errors of CRIU's log; the tasks are let go then.
         """
-        folder = os.open(request.images, os.O_RDONLY | os.O_DIRECTORY)
+        log = request.work / LOG
+        images = os.open(request.images, os.O_RDONLY | os.O_DIRECTORY)
+        work = os.open(request.work, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self._socket.settimeout(timeout_s)
-            self._socket.send(_dump_message(request, folder).SerializeToString())
+            self._socket.send(_dump_message(request, images, work).SerializeToString())
             while (answer := self._receive()).type == rpc.NOTIFY:
                 if answer.notify.script == "post-dump":
                     return
                 self._socket.send(rpc.criu_req(type=rpc.NOTIFY, notify_success=True).SerializeToString())
         except OSError as error:
-            raise ExecutionError(f"CRIU went away during the dump: {error}{last_errors(request.images / LOG)}") from error
+            raise ExecutionError(f"CRIU went away during the dump: {error}{last_errors(log)}") from error
         finally:
-            os.close(folder)
+            os.close(images)
+            os.close(work)
         reason = answer.cr_errmsg or os.strerror(answer.cr_errno)
         raise ExecutionError(
-            f"CRIU could not dump process {request.pid}: {reason}{last_errors(request.images / LOG)}", reason="DUMP_FAILED"
+            f"CRIU could not dump process {request.pid}: {reason}{last_errors(log)}", reason="DUMP_FAILED"
         )
 
     def _receive(self) -> rpc.criu_resp:
@@ -106,9 +112,10 @@ class Criu:
         return rpc.criu_resp.FromString(message)
 
 
-def _dump_message(request: DumpRequest, folder: int) -> rpc.criu_req:
+def _dump_message(request: DumpRequest, images: int, work: int) -> rpc.criu_req:
     options = rpc.criu_opts(
-        images_dir_fd=folder,
+        images_dir_fd=images,
+        work_dir_fd=work,
         pid=request.pid,
         root=str(request.root),
         leave_running=True,
@@ -125,6 +132,7 @@ def _dump_message(request: DumpRequest, folder: int) -> rpc.criu_req:
         notify_scripts=True,
         log_level=4,
         log_file=LOG,
+        config_file=str(request.configuration),
     )
     if request.network_namespace_inode:
         options.external.append(f"net[{request.network_namespace_inode}]:extRootNetNS")

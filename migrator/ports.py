@@ -71,6 +71,9 @@ class LeavingContainer(Protocol):
     def disconnect(self) -> None:
         """Take the container's links off the network."""
 
+    def volumes_ready(self) -> AbstractContextManager[None]:
+        """While the context is open, `freeze_volumes` takes no time."""
+
     def freeze_volumes(self) -> None:
         """Flush and freeze the file systems."""
 

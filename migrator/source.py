@@ -187,19 +187,21 @@ class Departure:
         return copy
 
     def _freeze(self, undo: ExitStack, copy: DiskCopy, checkpoint: Checkpoint | None) -> None:
-        self._frozen_at = time.monotonic()
-        if checkpoint is None:
-            return
         container, step = self._container, self._progress.step
-        with step("tasks"):
-            container.freeze()
-        with step("traffic"):
-            self._peer.hold_traffic(self._name, self._epoch)
-            container.disconnect()
-        with step("dump"):
-            checkpoint.dump()
+        if checkpoint is None:
+            self._frozen_at = time.monotonic()
+            return
+        undo.callback(container.thaw_volumes)
+        with container.volumes_ready():
+            self._frozen_at = time.monotonic()
+            with step("tasks"):
+                container.freeze()
+            with step("traffic"):
+                self._peer.hold_traffic(self._name, self._epoch)
+                container.disconnect()
+            with step("dump"):
+                checkpoint.dump()
         with step("file system"):
-            undo.callback(container.thaw_volumes)
             container.freeze_volumes()
 
     def _final(self, copy: DiskCopy) -> None:
