@@ -123,6 +123,15 @@ def role_of(certificate: x509.Certificate) -> Role | None:
     return role_from_uris(names.get_values_for_type(x509.UniformResourceIdentifier))
 
 
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The DNS names in its SAN."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return names.get_values_for_type(x509.DNSName)
+
+
 def role_from_uris(uris: Sequence[str]) -> Role | None:
     """The one role among the URIs of a SAN; None without exactly one that is known."""
     roles = [uri.removeprefix(ROLE_PREFIX) for uri in uris if uri.startswith(ROLE_PREFIX)]

@@ -1,0 +1,244 @@
+"""Images: read-only volumes that containers are cloned from, made of root file system tarballs.
+
+An image is unpacked under a name of its own in a folder of unfinished ones and gets its own name when it is complete;
+what a crash leaves there is removed at the next start.
+"""
+
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from agent import tarball
+from agent.database import Database
+from agent.rootfs import opened_in
+from agent.tarball import Cancel, Tarball
+from blockdev import filesystem
+from blockdev.volume import SUFFIX, VolumeStore
+from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
+from migrator.units import format_size
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS images (
+    name TEXT PRIMARY KEY,
+    filesystem TEXT NOT NULL,
+    create_time_ms INTEGER NOT NULL,
+    origin TEXT NOT NULL
+) STRICT
+"""
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
+SLACK_BYTES = 128 << 20
+# mkfs.xfs makes nothing smaller than 300 MiB, mkfs.btrfs nothing much below this.
+SMALLEST_BYTES = {"ext4": 64 << 20, "xfs": 320 << 20, "btrfs": 256 << 20}
+# What must not be the same in all containers of an image, or is made anew for each.
+EMPTIED = ("/etc", "machine-id")
+REMOVED = (
+    ("/etc", r"hostname|resolv\.conf|ssh/"),
+    ("/etc/ssh", r"ssh_host_.*_key(\.pub)?"),
+    ("/var/lib/dbus", r"machine-id"),
+    ("/var/lib/systemd", r"random-seed|credential\.secret"),
+)
+
+log = structlog.get_logger()
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image. `origin` is for people."""
+
+    name: str
+    path: Path
+    filesystem: str
+    create_time_ms: int
+    origin: str
+
+    @property
+    def size_bytes(self) -> int:
+        """The smallest disk that a container of it can have."""
+        return self.path.stat().st_size
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What it takes on the host."""
+        return self.path.stat().st_blocks * 512
+
+
+class Images:
+    """The images of one host; thread-safe. Call `sweep` once before use."""
+
+    def __init__(self, database: Database, folder: Path, mount_folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+        self._mounts = mount_folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mount_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mount_folder.chmod(0o700)  # what is unpacked below may be setuid
+        self._unfinished = VolumeStore(folder / "unfinished")
+        self._making: set[str] = set()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> Image:
+        """Raises NotFound."""
+        for image in self.all():
+            if image.name == name:
+                return image
+        raise NotFound(f"there is no image {name} on this host: see `migrator image ls`", reason="IMAGE_NOT_FOUND")
+
+    def all(self) -> list[Image]:
+        """By name."""
+        rows = self._database.rows("SELECT * FROM images ORDER BY name")
+        return [
+            Image(r["name"], self._path(r["name"]), r["filesystem"], r["create_time_ms"], r["origin"]) for r in rows
+        ]
+
+    def delete(self, name: str) -> None:
+        """Raises NotFound. Containers cloned from it keep what they share with it."""
+        image = self.get(name)
+        with self._database.transaction() as cursor:
+            cursor.execute("DELETE FROM images WHERE name = ?", (name,))
+        image.path.unlink(missing_ok=True)
+
+    def check_new(self, name: str, kind: str) -> None:
+        """Raises InvalidArgument, AlreadyExists."""
+        if not NAME.fullmatch(name):
+            raise InvalidArgument(
+                f"{name!r} cannot be an image's name: 1 to 40 lower case letters, digits, dots, dashes and underscores"
+            )
+        if kind not in SMALLEST_BYTES:
+            raise InvalidArgument(f"file system {kind!r} is not one of {', '.join(SMALLEST_BYTES)}")
+        if any(image.name == name for image in self.all()):
+            raise AlreadyExists(f"there is an image {name} already: remove it first", reason="IMAGE_EXISTS")
+
+    @contextmanager
+    def reserved(self, name: str, kind: str) -> Iterator[None]:
+        """Nobody else makes an image of this name meanwhile. Raises as `check_new`, and Busy."""
+        with self._lock:
+            self.check_new(name, kind)
+            if name in self._making:
+                raise Busy(f"image {name} is being made by another call")
+            self._making.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._making.discard(name)
+
+    def add(self, name: str, kind: str, origin: str, source: Tarball, *, report: Report, cancel: Cancel) -> Image:
+        """Unpack a tarball into a new image; the name is `reserved`. Nothing is left if it fails.
+
+        Raises InvalidArgument, Precondition (NO_SPACE), Cancelled.
+        """
+        report(f"measuring {source.path.name}")
+        content_bytes = tarball.measure(source, cancel, limit_bytes=self._free_bytes())
+        wanted = int(content_bytes * 1.3) + SLACK_BYTES
+        size_bytes = max(wanted, SMALLEST_BYTES[kind]) + (1 << 20) & -(1 << 20)
+        while True:
+            self._check_room(max(content_bytes, size_bytes - SLACK_BYTES))
+            report(f"unpacking {format_size(content_bytes)} into {kind} of {format_size(size_bytes)}")
+            try:
+                return self._make(name, kind, origin, source, size_bytes=size_bytes, cancel=cancel)
+            except tarball.Full:
+                # Many small files take more than they hold.
+                size_bytes *= 2
+
+    def sweep(self) -> None:
+        """Remove what an interrupted life of the agent has left."""
+        for at in self._mounts.iterdir():
+            if os.path.ismount(at):
+                filesystem.unmount(at)
+            at.rmdir()
+        self._unfinished.sweep()
+        for name in self._unfinished.names():
+            log.warning("remove unfinished image", file=name)
+            self._unfinished.delete(name)
+        known = {image.name for image in self.all()}
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            if path.name.removesuffix(SUFFIX) not in known:
+                log.warning("remove image without a record", path=str(path))
+                path.unlink()
+
+    # Inside
+
+    def _make(self, name: str, kind: str, origin: str, source: Tarball, *, size_bytes: int, cancel: Cancel) -> Image:
+        token = f"{name}.{secrets.token_hex(4)}"
+        with ExitStack() as undo:
+            undo.callback(self._unfinished.delete, token)
+            volume = self._unfinished.create(token, size_bytes, kind)
+            at = self._mounts / token
+            at.mkdir(mode=0o700)
+            try:
+                mounted = volume.mount(at)
+                try:
+                    tarball.unpack(source, at, cancel)
+                    normalise(at)
+                    filesystem.sync(at)
+                finally:
+                    mounted.unmount()
+            finally:
+                at.rmdir()
+            image = Image(name, self._path(name), kind, time.time_ns() // 1_000_000, origin)
+            volume.path.chmod(0o400)
+            volume.path.rename(image.path)
+            undo.pop_all()
+        try:
+            with self._database.transaction() as cursor:
+                cursor.execute("INSERT INTO images VALUES (?, ?, ?, ?)", (name, kind, image.create_time_ms, origin))
+        except BaseException:
+            image.path.unlink()
+            raise
+        return image
+
+    def _free_bytes(self) -> int:
+        status = os.statvfs(self._folder)
+        return status.f_bavail * status.f_frsize
+
+    def _check_room(self, needed_bytes: int) -> None:
+        free = self._free_bytes()
+        if needed_bytes > free:
+            raise Precondition(
+                f"no room for the image: it takes up to {format_size(needed_bytes)}, {format_size(free)} are free in "
+                f"{self._folder}; remove images or containers, or make the pool larger",
+                reason="NO_SPACE",
+            )
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}{SUFFIX}"
+
+
+def normalise(root: Path) -> None:
+    """Make an unpacked root file system one that any number of containers can start from."""
+    folder, name = EMPTIED
+    with _folder_in(root, folder) as parent:
+        if name in _names(parent):
+            os.unlink(name, dir_fd=parent)
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=parent))
+    for folder, pattern in REMOVED:
+        with _folder_in(root, folder) as parent:
+            for entry in _names(parent):
+                if re.fullmatch(pattern, entry):
+                    os.unlink(entry, dir_fd=parent)
+
+
+def _names(folder: int | None) -> list[str]:
+    if folder is None:
+        return []
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+@contextmanager
+def _folder_in(root: Path, folder: str) -> Iterator[int | None]:
+    try:
+        opened = opened_in(root, folder, os.O_RDONLY | os.O_DIRECTORY)
+        with opened as descriptor:
+            yield descriptor
+    except (FileNotFoundError, NotADirectoryError):
+        yield None

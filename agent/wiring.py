@@ -1,0 +1,136 @@
+"""Everything an agent consists of, put together in the order in which one part needs the other."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import structlog
+
+from agent import arrival, container_records, examination, hosts, images, journal, migrations, template
+from agent.assembly import Assembly
+from agent.assignment import Assignment, Publisher
+from agent.config import Config
+from agent.containers import Containers
+from agent.database import Database
+from agent.hosts import Hosts
+from agent.images import Images
+from agent.journal import Incomings
+from agent.managers import Managers
+from agent.migrations import Migrations
+from agent.network import Networks
+from agent.peers import ask_source
+from agent.periodic import Periodic
+from agent.runtime import Runtime
+from agent.server import Service
+from agent.services.containers import ContainerService
+from agent.services.hosts import HostService
+from agent.services.images import ImageService
+from agent.services.migrations import MigrationService
+from agent.services.peer import PeerService
+from blockdev import pool
+from blockdev.volume import VolumeStore
+from migrator.destination import Arrivals
+from migrator.source import Here
+from migrator.v1 import (
+    container_pb2_grpc,
+    host_pb2_grpc,
+    image_pb2_grpc,
+    migration_pb2_grpc,
+    peer_pb2_grpc,
+)
+
+SCHEMAS = (container_records.SCHEMA, images.SCHEMA, journal.SCHEMA, migrations.SCHEMA)
+TEND_INTERVAL_S = 1.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Agent:
+    """All parts, before anything is served. `recover` once, then serve `services`."""
+
+    managers: Managers
+    images: Images
+    hosts: Hosts
+    migrations: Migrations
+    arrivals: Arrivals
+    arrival_host: arrival.ArrivingHost
+    incomings: Incomings
+
+    def recover(self, resources: ExitStack) -> None:
+        """Compare what should be with what is, and carry on what a former life had begun."""
+        config = self.managers.config
+        self.managers.volumes.sweep()
+        self.images.sweep()
+        template.sweep(config.cache_dir)
+        self.managers.containers.reconcile()
+        self.arrivals.recover(self.incomings.unfinished())
+        self.migrations.recover()
+        resources.callback(self.migrations.close)
+        tend = Periodic("arrivals", TEND_INTERVAL_S, lambda: self.arrivals.tend(lambda r: ask_source(config, r)))
+        resources.callback(tend.close)
+
+    def services(self) -> list[Service]:
+        """What is served. A new service goes here, and its methods into `agent.auth.ROLES`."""
+        managers = self.managers
+        config = managers.config
+        container = ContainerService(managers.containers, config.host, self.migrations.of)
+        image = ImageService(self.images, config.cache_dir)
+        host = HostService(self.hosts, config)
+        migration = MigrationService(self.migrations)
+        peer = PeerService(self.arrival_host, self.arrivals, self.migrations)
+        return [
+            Service(
+                "migrator.v1.ContainerService",
+                lambda server: container_pb2_grpc.add_ContainerServiceServicer_to_server(container, server),
+            ),
+            Service(
+                "migrator.v1.ImageService",
+                lambda server: image_pb2_grpc.add_ImageServiceServicer_to_server(image, server),
+            ),
+            Service(
+                "migrator.v1.HostService",
+                lambda server: host_pb2_grpc.add_HostServiceServicer_to_server(host, server),
+            ),
+            Service(
+                "migrator.v1.MigrationService",
+                lambda server: migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration, server),
+            ),
+            Service(
+                "migrator.v1.PeerService",
+                lambda server: peer_pb2_grpc.add_PeerServiceServicer_to_server(peer, server),
+            ),
+        ]
+
+
+def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
+    """Open the database, the pool and all managers; `resources` closes them. Containers are not touched."""
+    for folder in (config.state_dir, config.cache_dir):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+    database = Database(config.database, SCHEMAS)
+    resources.callback(database.close)
+    # The pool stays mounted when the agent ends: containers run on it.
+    folder = pool.ensure(config.state_dir, config.pool_size_bytes)
+    log.info("pool", folder=str(folder))
+    volumes = VolumeStore(folder / "volumes")
+    runtime = Runtime(config.state_dir, config.run_dir, config.cgroup_parent)
+    networks = Networks()
+    resources.callback(networks.close)
+    assembly = Assembly(runtime, volumes, networks, Publisher())
+    image_store = Images(database, folder / "images", config.run_dir / "images")
+    containers = Containers(database, runtime, assembly, image_store, Assignment(config))
+    resources.callback(containers.close)
+    managers = Managers(config, config_file, database, runtime, volumes, networks, assembly, containers)
+    here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
+    incomings = Incomings(database)
+    arrival_host = arrival.ArrivingHost(managers, here, incomings)
+    return Agent(
+        managers=managers,
+        images=image_store,
+        hosts=Hosts(config, containers, folder, metadata.version("migrator")),
+        migrations=Migrations(managers, here),
+        arrivals=Arrivals(arrival_host, incomings),
+        arrival_host=arrival_host,
+        incomings=incomings,
+    )
