@@ -7,7 +7,8 @@ from sqlite3 import Row
 
 from agent.database import Database
 from migrator.errors import AlreadyExists, NotFound, Precondition
-from migrator.v1.container_pb2 import ContainerSpec
+from migrator.v1 import container_pb2
+from migrator.v1.container_pb2 import ContainerSpec, ContainerState
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS containers (
@@ -40,6 +41,20 @@ class State(StrEnum):
     def is_live(self) -> bool:
         """Whether there are processes."""
         return self in (State.RUNNING, State.PAUSED)
+
+    @property
+    def message(self) -> ContainerState:
+        """As the API has it."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    State.CREATED: container_pb2.CONTAINER_STATE_CREATED,
+    State.RUNNING: container_pb2.CONTAINER_STATE_RUNNING,
+    State.PAUSED: container_pb2.CONTAINER_STATE_PAUSED,
+    State.STOPPED: container_pb2.CONTAINER_STATE_STOPPED,
+    State.ARRIVING: container_pb2.CONTAINER_STATE_ARRIVING,
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A container on its way out: what `migrator.source` asks of this host (`migrator.ports.LeavingContainer`)."""
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from agent.managers import Managers
 from agent.network import Networks
 from agent.processes import Process
 from agent.runtime import Runtime, find_program
-from agent.services.containers import STATES
 from blockdev import filesystem
 from blockdev.tracker import BpfTracker, WriteTracker
 from blockdev.volume import MountedVolume
@@ -36,7 +34,7 @@ class Departing:
     def __init__(self, managers: Managers, record: Record, folder: Path) -> None:
         self.name = record.name
         self.spec: container_pb2.ContainerSpec = record.spec
-        self.state = STATES[record.state]
+        self.state = record.state.message
         self.create_time_ms = record.create_time_ms
         self.start_time_ms = record.start_time_ms
         self._managers = managers
@@ -149,7 +147,7 @@ class Departing:
 
     @contextmanager
     def volumes_ready(self) -> Iterator[None]:
-        """Freeze and thaw the file systems over and over while the block runs, so that freezing them takes no time then.
+        """Freeze and thaw the file systems again and again while the block runs: freezing them then takes no time.
 
         A first FIFREEZE writes out the journal and waits for three RCU grace periods, some 40 ms; the next one takes a
         fifth of a millisecond if it comes before another grace period has passed (rcu_sync_enter in the kernel).
@@ -219,7 +217,7 @@ class Departing:
             root=self._paths.rootfs,
             freezer=self._cgroup.freezer,
             external_mounts=external,
-            network_namespace_inode=os.stat(self._paths.netns).st_ino,
+            network_namespace_inode=self._paths.netns.stat().st_ino,
         )
 
 

@@ -98,7 +98,9 @@ class Migrations:
             self._store.get(name)
             raise Precondition(f"migration {name} has ended already", reason="ALREADY_ENDED")
         if not progress.cancel():
-            raise Precondition(f"migration {name} is committed: it cannot be cancelled and finishes", reason="COMMITTED")
+            raise Precondition(
+                f"migration {name} is committed: it cannot be cancelled and finishes", reason="COMMITTED"
+            )
 
     def watch(self, name: str, wanted: Callable[[], bool]) -> Iterator[migration_pb2.Migration]:
         """It as it is now and at each change, until it has an outcome or nobody wants to know any more."""
@@ -208,7 +210,7 @@ class Migrations:
     def _ask(self, record: Outgoing, progress: Progress) -> Outgoing:
         """Repeat `released` until the destination answers."""
         uncertain = Uncertain(
-            f"{record.container} was released to {record.destination}, which has not answered yet; the copy here is kept"
+            f"{record.container} was released to {record.destination}, which has not answered; the copy here is kept"
         )
         progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain)
         while True:
@@ -233,7 +235,8 @@ class Migrations:
 
     def _end_lost(self, progress: Progress) -> None:
         lost = RolledBack(
-            f"the agent of {self._here.host} was restarted; the container goes on there as before", reason="AGENT_RESTARTED"
+            f"the agent of {self._here.host} was restarted; the container goes on there as before",
+            reason="AGENT_RESTARTED",
         )
         progress.end(migration_pb2.OUTCOME_ROLLED_BACK, self._here.host, lost)
 

@@ -103,5 +103,7 @@ def open_channel(config: Config, host: str) -> grpc.Channel:
     address = config.peers.get(host)
     if address is None:
         known = ", ".join(sorted(config.peers)) or "none"
-        raise NotFound(f"{host} is not among this host's peers ({known}): see [peers] in the configuration", reason="UNKNOWN_HOST")
+        raise NotFound(
+            f"{host} is not among this host's peers ({known}): see [peers] in the configuration", reason="UNKNOWN_HOST"
+        )
     return channel.connect(address, name=host, tls=config.tls)

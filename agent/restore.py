@@ -1,11 +1,11 @@
-"""A restore in two steps: runc is started before the freeze and waits, CRIU restores and waits again with every task held.
+"""A restore in two steps: runc starts before the freeze and waits, CRIU restores and waits with every task held.
 
 runc restores with the `criu` that it finds on its PATH. A stand-in there lets runc's first question (CRIU's version)
 pass and then keeps it until `go`, so that runc's start costs nothing inside the freeze. CRIU reads a configuration file
 that names an action script (criu.org/Action_scripts); at post-restore, before any task has run, the script says `held`
 and waits for its verdict. Anything but `run` makes CRIU kill what it has restored.
 
-The script keeps its end of the pipes open by itself: it survives the agent, and a restarted agent can still speak to it.
+The script keeps its end of the pipes open by itself: it survives the agent, and the next one can speak to it.
 """
 
 import errno

@@ -266,7 +266,9 @@ class Arrivals:
         with self._lock:
             arrival = self._arrivals.get(migration)
         if arrival is None or arrival.record.source != source or arrival.record.epoch != epoch:
-            raise NotFound(f"no migration {migration} with epoch {epoch} from {source} here", reason="MIGRATION_NOT_FOUND")
+            raise NotFound(
+                f"no migration {migration} with epoch {epoch} from {source} here", reason="MIGRATION_NOT_FOUND"
+            )
         return arrival
 
     def decide(self, source: str, request: peer_pb2.DecideRequest) -> peer_pb2.DecideResponse:
@@ -280,9 +282,7 @@ class Arrivals:
             owner = record.stage is Stage.OWNER
             if owner and request.decision == peer_pb2.DECISION_ABORTED:
                 raise HandoverError(f"migration {request.migration} is committed here") from None
-            return peer_pb2.DecideResponse(
-                ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED
-            )
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
 
     def recover(self, records: list[Incoming]) -> None:
         """Carry on what a former life of the agent had begun."""

@@ -32,7 +32,7 @@ class Progress:
             return copy
 
     def wait(self, version: int, timeout_s: float) -> tuple[int, migration_pb2.Migration]:
-        """Wait for a change after `version` (0: none seen yet) or the timeout; returns the version and what it is now."""
+        """Wait for a change after `version` (0: none seen yet) or the timeout; returns version and migration."""
         with self._condition:
             self._condition.wait_for(lambda: self._version > version, timeout_s)
             copy = migration_pb2.Migration()

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import structlog
 
 from blockdev import extents
+from blockdev.errors import BlockError
 from migrator import disk
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import Cancelled, ExecutionError, MigratorError, Precondition, RolledBack, TimedOut, Uncertain
-from migrator.handover import Decision, OutgoingJournal, Stage
 from migrator.files import read_file
+from migrator.handover import Decision, OutgoingJournal, Stage
 from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
 from migrator.stream import Digests, Meter, Sender
@@ -29,6 +30,8 @@ FEATURES = ("send-v1",)
 # How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
 ANSWER_PATIENCE_S = 15.0
 ANSWER_RETRY_S = 0.5
+FINISH_TRIES = 5
+FINISH_RETRY_S = 1.0
 
 log = structlog.get_logger()
 
@@ -106,8 +109,7 @@ class Departure:
             end(*self._verdict(ExecutionError(f"unexpected {type(error).__name__}: {error}")))
             raise
         with phase("finish"):
-            self._container.remove()
-            self._journal.finish(self._name)
+            self._finish()
         end(migration_pb2.OUTCOME_MIGRATED, self._peer.host)
 
     def _move(self, known_epoch: int) -> None:
@@ -131,7 +133,7 @@ class Departure:
                 raise
             with phase("handover"):
                 self._handover()
-            self._container.kill()
+            self._kill()
             # The tasks are gone: what follows only takes down what was set up to watch and to hold them.
 
     # -- the phases -------------------------------------------------------------------------------------------------
@@ -235,6 +237,17 @@ class Departure:
         exchange_ms = max(0.0, round_trip_ms - answer.total_ms) / 2
         self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
 
+    def _finish(self) -> None:
+        """The container is elsewhere: nothing that fails here changes that. What is left is for the next start."""
+        for attempt in range(FINISH_TRIES):
+            try:
+                self._container.remove()
+                self._journal.finish(self._name)
+                return
+            except (MigratorError, BlockError, OSError) as error:
+                log.error("finish", migration=self._name, attempt=attempt, reason=str(error))
+                time.sleep(FINISH_RETRY_S)
+
     # -- their details ----------------------------------------------------------------------------------------------
 
     def _ask(self) -> tuple[peer_pb2.DecideResponse, float]:
@@ -254,6 +267,13 @@ class Departure:
                 self._progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", self._uncertain(reason))
             log.warning("no answer to released", migration=self._name, peer=self._peer.host, reason=reason)
             time.sleep(ANSWER_RETRY_S)
+
+    def _kill(self) -> None:
+        """Of no consequence if it fails: the tasks stay frozen, and `remove` ends them."""
+        try:
+            self._container.kill()
+        except (MigratorError, OSError) as error:
+            log.error("killing the moved copy", migration=self._name, reason=str(error))
 
     def _uncertain(self, reason: str) -> Uncertain:
         return Uncertain(

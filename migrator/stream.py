@@ -194,7 +194,9 @@ class Receiver:
                     raise PeerError(f"{request.target}: a frame of another length at {request.offset}")
                 data = self._decompressor.decompress(data, allow_extra_data=False)
             except zstandard.ZstdError as error:
-                raise PeerError(f"{request.target}: the piece at {request.offset} cannot be unpacked: {error}") from error
+                raise PeerError(
+                    f"{request.target}: the piece at {request.offset} cannot be unpacked: {error}"
+                ) from error
         elif request.encoding != peer_pb2.ENCODING_PLAIN:
             raise PeerError(f"{request.target}: unknown encoding {request.encoding}")
         if len(data) != request.length:

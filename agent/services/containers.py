@@ -22,14 +22,6 @@ MAX_TIMEOUT_MS = 24 * 3600 * 1000
 OUTPUT_PIECES = 16
 TERMINAL_SIZE = (24, 80)
 
-STATES = {
-    State.CREATED: pb.CONTAINER_STATE_CREATED,
-    State.RUNNING: pb.CONTAINER_STATE_RUNNING,
-    State.PAUSED: pb.CONTAINER_STATE_PAUSED,
-    State.STOPPED: pb.CONTAINER_STATE_STOPPED,
-    State.ARRIVING: pb.CONTAINER_STATE_ARRIVING,
-}
-
 
 class ContainerService(container_pb2_grpc.ContainerServiceServicer):
     """`migration_of` names the running migration of a container, empty if there is none."""
@@ -42,7 +34,7 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
     def describe(self, record: Record) -> pb.Container:
         """A container as clients see it."""
         name = record.name
-        message = pb.Container(name=name, spec=record.spec, state=STATES[record.state], host=self._host)
+        message = pb.Container(name=name, spec=record.spec, state=record.state.message, host=self._host)
         message.create_time.CopyFrom(_timestamp(record.create_time_ms * 1_000_000))
         if record.start_time_ms:
             message.start_time.CopyFrom(_timestamp(record.start_time_ms * 1_000_000))
