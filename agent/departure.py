@@ -24,6 +24,7 @@ from migrator.ports import Checkpoint, LeavingVolume
 from migrator.v1 import container_pb2, peer_pb2
 
 DUMP_TIMEOUT_S = 120.0
+WARM_UP_TIMEOUT_S = 10.0
 REHEARSAL_S = 0.003
 CRIU_CONFIGURATION = "dump.conf"
 
@@ -126,6 +127,7 @@ class Departing:
         (self._folder / CRIU_CONFIGURATION).write_text("file-validation filesize\n")
         try:
             with Criu(find_program("criu"), self._managers.runtime.environment()) as criu:
+                criu.warm_up(WARM_UP_TIMEOUT_S)
                 yield _Dump(criu, self._request(), self._cgroup.freeze)
         finally:
             shutil.rmtree(self._folder)

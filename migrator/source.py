@@ -121,8 +121,9 @@ class Departure:
                     checkpoint = self._prepare(undo)
                 with phase("precopy"):
                     copy = self._precopy(undo)
+                    rehearsal = undo.enter_context(self._rehearse())
                 with phase("freeze"):
-                    self._freeze(undo, copy, checkpoint)
+                    self._freeze(undo, checkpoint, rehearsal)
                 with phase("final"):
                     self._final(copy)
                 with phase("restore"):
@@ -188,22 +189,28 @@ class Departure:
         self._peer.send(self._log(sender))
         return copy
 
-    def _freeze(self, undo: ExitStack, copy: DiskCopy, checkpoint: Checkpoint | None) -> None:
-        container, step = self._container, self._progress.step
+    def _rehearse(self) -> ExitStack:
+        """The file systems are ready to be frozen until this is closed."""
+        rehearsal = ExitStack()
+        if self._live:
+            rehearsal.enter_context(self._container.volumes_ready())
+        return rehearsal
+
+    def _freeze(self, undo: ExitStack, checkpoint: Checkpoint | None, rehearsal: ExitStack) -> None:
+        self._frozen_at = time.monotonic()
         if checkpoint is None:
-            self._frozen_at = time.monotonic()
             return
-        undo.callback(container.thaw_volumes)
-        with container.volumes_ready():
-            self._frozen_at = time.monotonic()
-            with step("tasks"):
-                container.freeze()
-            with step("traffic"):
-                self._peer.hold_traffic(self._name, self._epoch)
-                container.disconnect()
-            with step("dump"):
-                checkpoint.dump()
+        container, step = self._container, self._progress.step
+        with step("tasks"):
+            container.freeze()
+        with step("traffic"):
+            self._peer.hold_traffic(self._name, self._epoch)
+            container.disconnect()
+        with step("dump"):
+            checkpoint.dump()
         with step("file system"):
+            rehearsal.close()
+            undo.callback(container.thaw_volumes)
             container.freeze_volumes()
 
     def _final(self, copy: DiskCopy) -> None:
