@@ -1,0 +1,221 @@
+"""Over real connections: who gets in, what failures look like to a client, and certificates that are renewed."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from agent.server import Servers, Service
+from blockdev.errors import BlockError
+from migrator import certificates, channel, errors, status
+from migrator.channel import Tls
+from migrator.errors import Exit, MigratorError
+from migrator.v1 import host_pb2, host_pb2_grpc, peer_pb2, peer_pb2_grpc
+
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MigratorError)]
+
+
+class Hosts(host_pb2_grpc.HostServiceServicer):
+    """Answers with its name, or raises what it was given."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def GetHost(self, request: host_pb2.GetHostRequest, context: grpc.ServicerContext) -> host_pb2.GetHostResponse:
+        if self.error is not None:
+            raise self.error
+        return host_pb2.GetHostResponse(host=host_pb2.Host(name="host-a"))
+
+    def Diagnose(self, request: host_pb2.DiagnoseRequest, context: grpc.ServicerContext) -> host_pb2.DiagnoseResponse:
+        return host_pb2.DiagnoseResponse()
+
+
+class Peers(peer_pb2_grpc.PeerServiceServicer):
+    """Agrees to everything."""
+
+    def Examine(self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext) -> peer_pb2.ExamineResponse:
+        return peer_pb2.ExamineResponse(host="host-a")
+
+
+class Bench:
+    """A server on the loopback, with certificates."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca = folder / "ca"
+        certificates.init(self.ca)
+        for name, role in (("host-a", "peer"), ("host-b", "peer"), ("alice", "operator"), ("bob", "viewer")):
+            certificates.issue(self.ca, name, role)
+        self.hosts = Hosts()
+        self.servers = Servers(
+            [
+                Service(
+                    "migrator.v1.HostService",
+                    lambda server: host_pb2_grpc.add_HostServiceServicer_to_server(self.hosts, server),
+                ),
+                Service(
+                    "migrator.v1.PeerService",
+                    lambda server: peer_pb2_grpc.add_PeerServiceServicer_to_server(Peers(), server),
+                ),
+            ]
+        )
+        self.port = self.servers.listen_tls("127.0.0.1:0", self.tls("host-a"))
+        self.servers.start()
+
+    def tls(self, name: str) -> Tls:
+        return Tls(self.ca / "ca.crt", self.ca / f"{name}.crt", self.ca / f"{name}.key")
+
+    @contextmanager
+    def connected(self, tls: Tls, name: str = "host-a") -> Iterator[grpc.Channel]:
+        with channel.connect(f"127.0.0.1:{self.port}", name=name, tls=tls) as connection:
+            yield connection
+
+    def get_host(self, tls: Tls, name: str = "host-a") -> str:
+        with self.connected(tls, name) as connection:
+            try:
+                stub = host_pb2_grpc.HostServiceStub(connection)
+                return str(stub.GetHost(host_pb2.GetHostRequest(), timeout=5).host.name)
+            except grpc.RpcError as error:
+                raise status.from_rpc(error, "host-a") from error
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.servers.stop(0)
+
+
+@pytest.mark.parametrize("name", ["host-b", "alice", "bob"])
+def test_every_role_may_ask_what_the_host_is(bench: Bench, name: str) -> None:
+    assert bench.get_host(bench.tls(name)) == "host-a"
+
+
+@pytest.mark.parametrize(
+    ("name", "examine", "diagnose"), [("host-b", True, False), ("alice", False, True), ("bob", False, False)]
+)
+def test_roles_are_checked_per_method(bench: Bench, name: str, examine: bool, diagnose: bool) -> None:
+    with bench.connected(bench.tls(name)) as connection:
+        calls = [
+            (peer_pb2_grpc.PeerServiceStub(connection).Examine, peer_pb2.ExamineRequest(), examine),
+            (host_pb2_grpc.HostServiceStub(connection).Diagnose, host_pb2.DiagnoseRequest(), diagnose),
+        ]
+        for call, request, allowed in calls:
+            try:
+                call(request, timeout=5)
+                assert allowed
+            except grpc.RpcError as error:
+                assert not allowed
+                assert isinstance(status.from_rpc(error), errors.PermissionDenied)
+
+
+def test_a_server_has_to_prove_its_name(bench: Bench) -> None:
+    with pytest.raises(errors.Unreachable, match="certificates do not fit"):
+        bench.get_host(bench.tls("alice"), name="host-b")
+
+
+def test_a_stranger_does_not_get_in(bench: Bench, tmp_path: Path) -> None:
+    certificates.init(tmp_path / "other")
+    stranger = certificates.issue(tmp_path / "other", "eve", "operator")
+    with pytest.raises(errors.Unreachable):
+        bench.get_host(Tls(bench.ca / "ca.crt", stranger.certificate, stranger.key))
+
+
+def test_an_operator_cannot_stand_in_for_a_host(bench: Bench, tmp_path: Path) -> None:
+    certificates.issue(bench.ca, "host-c", "operator")
+    servers = Servers([])
+    port = servers.listen_tls("127.0.0.1:0", bench.tls("host-c"))
+    servers.start()
+    try:
+        with channel.connect(f"127.0.0.1:{port}", name="host-c", tls=bench.tls("alice")) as connection:
+            with pytest.raises(grpc.RpcError) as raised:
+                host_pb2_grpc.HostServiceStub(connection).GetHost(host_pb2.GetHostRequest(), timeout=5)
+            assert isinstance(status.from_rpc(raised.value), errors.Unreachable)
+    finally:
+        servers.stop(0)
+
+
+def test_renewed_certificates_are_used(bench: Bench, tmp_path: Path) -> None:
+    old = bench.tls("alice")
+    assert bench.get_host(old) == "host-a"
+    certificates.init(tmp_path / "new")
+    certificates.issue(tmp_path / "new", "host-a", "peer")
+    alice = certificates.issue(tmp_path / "new", "alice", "operator")
+    for name in ("ca.crt", "host-a.crt", "host-a.key"):
+        (tmp_path / "new" / name).rename(bench.ca / name)
+    assert bench.get_host(Tls(bench.ca / "ca.crt", alice.certificate, alice.key)) == "host-a"
+    with pytest.raises(errors.Unreachable):
+        bench.get_host(old)
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_arrive_as_they_were_raised(bench: Bench, kind: type[MigratorError]) -> None:
+    bench.hosts.error = kind("what happened, and what to do", reason="SPECIAL")
+    with pytest.raises(kind, match="what happened, and what to do") as raised:
+        bench.get_host(bench.tls("alice"))
+    assert type(raised.value) is kind
+    assert raised.value.reason == "SPECIAL"
+    assert raised.value.exit_code == kind.exit_code
+
+
+def test_a_failing_disk_is_told(bench: Bench) -> None:
+    bench.hosts.error = BlockError("no loop device")
+    with pytest.raises(errors.ExecutionError, match="no loop device"):
+        bench.get_host(bench.tls("alice"))
+
+
+def test_what_nobody_expected_is_not_told_in_detail(bench: Bench) -> None:
+    bench.hosts.error = ZeroDivisionError("secret")
+    with pytest.raises(MigratorError, match="unexpectedly") as raised:
+        bench.get_host(bench.tls("alice"))
+    assert "secret" not in str(raised.value)
+    assert raised.value.exit_code is Exit.INTERNAL
+
+
+def test_nobody_there() -> None:
+    with channel.connect_local(Path("/nonexistent/agent.sock")) as connection, pytest.raises(grpc.RpcError) as raised:
+        host_pb2_grpc.HostServiceStub(connection).GetHost(host_pb2.GetHostRequest(), timeout=5)
+    made = status.from_rpc(raised.value, "host-a")
+    assert isinstance(made, errors.Unreachable)
+    assert "host-a" in str(made)
+
+
+def test_tls_1_2_is_refused(tmp_path: Path) -> None:
+    """In a process of its own: gRPC takes the setting when it is imported."""
+    script = """
+        import socket, ssl, sys
+        from pathlib import Path
+        import agent.server
+        from migrator import certificates
+        from migrator.channel import Tls
+        folder = Path(sys.argv[1])
+        certificates.init(folder)
+        certificates.issue(folder, "host-a", "peer")
+        servers = agent.server.Servers([])
+        port = servers.listen_tls("127.0.0.1:0", Tls(folder / "ca.crt", folder / "host-a.crt", folder / "host-a.key"))
+        servers.start()
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            client = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+            client.load_cert_chain(folder / "host-a.crt", folder / "host-a.key")
+            client.set_alpn_protocols(["h2"])
+            client.minimum_version = client.maximum_version = version
+            with socket.create_connection(("127.0.0.1", port)) as plain:
+                try:
+                    with client.wrap_socket(plain, server_hostname="host-a") as connection:
+                        print(version.name, connection.version())
+                except OSError:
+                    print(version.name, "refused")
+        servers.stop(0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == ["TLSv1_2 refused", "TLSv1_3 TLSv1.3"]
