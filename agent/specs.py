@@ -11,7 +11,8 @@ from migrator.v1.container_pb2 import ContainerSpec, Volume
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 DEFAULT_DISK_BYTES = 10 << 30
-MINIMUM_DISK_BYTES = 16 << 20
+# What each mkfs makes at the least.
+MINIMUM_DISK_BYTES = {"ext4": 16 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}
 MINIMUM_MEMORY_BYTES = 6 << 20
 MAXIMUM_VOLUMES = 16
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
@@ -76,10 +77,6 @@ def _complete_volumes(spec: ContainerSpec, image_filesystem: str) -> None:
     for index, volume in enumerate(spec.volumes):
         volume.ClearField("allocated_bytes")
         volume.size_bytes = volume.size_bytes or DEFAULT_DISK_BYTES
-        if volume.size_bytes < MINIMUM_DISK_BYTES:
-            raise InvalidArgument(
-                f"volume {volume.mount_point} of {volume.size_bytes} bytes is too small: at least 16 MiB"
-            )
         if index == 0:
             if volume.filesystem not in ("", image_filesystem):
                 raise InvalidArgument(
@@ -90,6 +87,12 @@ def _complete_volumes(spec: ContainerSpec, image_filesystem: str) -> None:
         volume.filesystem = volume.filesystem or "ext4"
         if volume.filesystem not in FILESYSTEMS:
             raise InvalidArgument(f"file system {volume.filesystem!r} is not one of {', '.join(FILESYSTEMS)}")
+        smallest = MINIMUM_DISK_BYTES[volume.filesystem]
+        if volume.size_bytes < smallest:
+            raise InvalidArgument(
+                f"volume {volume.mount_point} of {volume.size_bytes} bytes is too small: "
+                f"{volume.filesystem} takes at least {smallest >> 20} MiB"
+            )
 
 
 def _check_targets(spec: ContainerSpec) -> None:
