@@ -90,7 +90,7 @@ class _Recorder:
 
     def __init__(self, method: str, request: Any) -> None:
         self._method = method
-        self._subject = _subject(request)
+        self._subject = self._about(request)
         # What the handler gets: of a stream, the first message says what it is about.
         self.request = self._noting(request) if isinstance(request, Iterator) else request
         self._caller: Caller | None = None
@@ -98,10 +98,19 @@ class _Recorder:
 
     def _noting(self, requests: Iterator[Any]) -> Iterator[Any]:
         for first in requests:
-            self._subject = _subject(getattr(first, "start", first))
+            self._subject = self._about(getattr(first, "start", first))
             yield first
             break
         yield from requests
+
+    def _about(self, request: Any) -> dict[str, str]:
+        """The fields that name what a request is about; `name` is that of the service's resource."""
+        resource = self._method.rpartition("/")[0].rpartition(".")[2].removesuffix("Service").lower()
+        return {
+            resource if field == "name" else field: value
+            for field in SUBJECTS
+            if (value := getattr(request, field, "")) and isinstance(value, str)
+        }
 
     def admit(self, context: grpc.ServicerContext) -> None:
         self._caller = auth.caller(context)
@@ -147,12 +156,3 @@ def as_migrator_error(error: Exception) -> MigratorError:
     if isinstance(error, OSError):
         return ExecutionError(f"the agent failed: {error}", reason="EXECUTION_FAILED")
     return MigratorError(f"the agent failed unexpectedly ({type(error).__name__}): its log has the details")
-
-
-def _subject(request: Any) -> dict[str, str]:
-    """The fields that name what a request is about."""
-    return {
-        "container" if field == "name" else field: str(value)
-        for field in SUBJECTS
-        if (value := getattr(request, field, "")) and isinstance(value, str)
-    }
