@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from agent import guard, oci
@@ -28,6 +29,8 @@ DUMP_TIMEOUT_S = 120.0
 WARM_UP_TIMEOUT_S = 10.0
 REHEARSAL_S = 0.003
 CRIU_CONFIGURATION = "dump.conf"
+CRIU_PROCESS = "criu.pid"
+CRIU_ROLLBACK_S = 10.0
 
 
 class Departing:
@@ -128,6 +131,7 @@ class Departing:
         (self._folder / CRIU_CONFIGURATION).write_text("file-validation filesize\n")
         try:
             with Criu(find_program("criu"), self._managers.runtime.environment()) as criu:
+                _note_criu(self._folder, criu.pid)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
                 yield _Dump(criu, self._request(), self._cgroup.freeze)
         finally:
@@ -195,7 +199,7 @@ class Departing:
     def resume(self) -> None:
         """Repeatable, and right from every state of the freeze."""
         if self._record.state.is_live:
-            _resume(self._record, self._managers.runtime, self._managers.networks)
+            _resume(self._record, self._folder, self._managers.runtime, self._managers.networks)
 
     # -- after the handover -----------------------------------------------------------------------------------------
 
@@ -243,20 +247,49 @@ class _Dump:
         self._freeze()
 
 
-def resume_at_source(name: str, database: Database, runtime: Runtime, networks: Networks) -> None:
-    """Thaw and reconnect a container whose migration was aborted, from nothing but the database and the host."""
+def resume_at_source(name: str, folder: Path, database: Database, runtime: Runtime, networks: Networks) -> None:
+    """Thaw and reconnect a container whose migration was aborted, from nothing but the database and the host.
+
+    `folder` is the migration's.
+    """
     record = Records(database).get(name)
     if record.state.is_live:
-        _resume(record, runtime, networks)
+        _resume(record, folder, runtime, networks)
 
 
-def _resume(record: Record, runtime: Runtime, networks: Networks) -> None:
+def _resume(record: Record, folder: Path, runtime: Runtime, networks: Networks) -> None:
+    """Every step is tried, whatever became of those before; the first failure is raised at the end."""
     paths = runtime.paths(record.name)
-    mounts = [paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(record.spec.volumes)))]
-    for at in mounts:
-        filesystem.thaw(at)
     links = interfaces(record.spec)
-    networks.connect(record.name, links)
-    networks.announce(record.name, links)
-    if record.state is not State.PAUSED:
-        runtime.cgroup(record.name).thaw()
+    with ExitStack() as steps:  # it runs them from the last to the first
+        if record.state is not State.PAUSED:
+            steps.callback(runtime.cgroup(record.name).thaw)
+        steps.callback(networks.announce, record.name, links)
+        steps.callback(networks.connect, record.name, links)
+        steps.callback(_await_criu, folder)
+        # Before CRIU: it takes away the links that it has made, and waits for ever in a frozen file system.
+        for at in (paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(record.spec.volumes)))):
+            steps.callback(filesystem.thaw, at)
+
+
+def _note_criu(folder: Path, pid: int) -> None:
+    process = Process.find(pid)
+    if process is not None:
+        temporary = folder / f"{CRIU_PROCESS}.new"
+        temporary.write_text(f"{process.pid} {process.start_ticks}")
+        temporary.rename(folder / CRIU_PROCESS)
+
+
+def _await_criu(folder: Path) -> None:
+    """Wait until the CRIU of a dead agent has rolled back: it ends with the control group as it found it, frozen.
+
+    Killed half-way it would leave its own code in the tasks, so that is for one that does not come to an end.
+    """
+    try:
+        pid, start_ticks = (folder / CRIU_PROCESS).read_text().split()
+    except FileNotFoundError:
+        return
+    process = Process(int(pid), int(start_ticks))
+    if not process.wait(CRIU_ROLLBACK_S):
+        process.signal(signal.SIGKILL)
+        process.wait(CRIU_ROLLBACK_S)

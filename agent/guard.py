@@ -53,6 +53,7 @@ def main(config_path: str, migration: str, container: str) -> int:
     from agent import journal
     from agent.database import Database
     from agent.departure import resume_at_source
+    from agent.managers import migration_folder
     from agent.network import Networks
     from agent.runtime import Runtime
     from migrator.handover import HandoverError
@@ -69,7 +70,8 @@ def main(config_path: str, migration: str, container: str) -> int:
         outgoings.abort(migration)
     except HandoverError:
         return 1
-    resume_at_source(container, database, runtime, networks)
+    folder = migration_folder(config, migration)
+    resume_at_source(container, folder, database, runtime, networks)
     print(f"guard: the agent died; {container} runs on here (migration {migration})", file=sys.stderr)
     return 0
 

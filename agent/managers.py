@@ -27,4 +27,9 @@ class Managers:
 
     def migration_folder(self, migration: str) -> Path:
         """Where one migration keeps what is gone after a reboot: CRIU's images, pipes."""
-        return self.config.run_dir / "migrations" / migration
+        return migration_folder(self.config, migration)
+
+
+def migration_folder(config: Config, migration: str) -> Path:
+    """As `Managers.migration_folder`, for a process that has no managers."""
+    return config.run_dir / "migrations" / migration

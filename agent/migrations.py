@@ -1,10 +1,11 @@
 """Migrations away from this host: started, watched, cancelled, and carried on after a restart of the agent."""
 
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import structlog
 
@@ -14,8 +15,9 @@ from agent.departure import Departing
 from agent.journal import Outgoings
 from agent.managers import Managers
 from agent.peers import RemotePeer
-from migrator.errors import InvalidArgument, MigratorError, NotFound, Precondition, RolledBack, Uncertain
-from migrator.handover import Decision, Outgoing, Stage
+from migrator import recovery
+from migrator.errors import Busy, InvalidArgument, NotFound, Precondition
+from migrator.handover import Decision, Outgoing
 from migrator.progress import Progress
 from migrator.source import Departure, Here, Options
 from migrator.v1 import migration_pb2, peer_pb2
@@ -29,7 +31,7 @@ CREATE TABLE IF NOT EXISTS migrations (
 """
 KEPT = 1000
 WATCH_INTERVAL_S = 5.0
-ASK_AGAIN_S = 1.0
+RETRY_S = 1.0
 
 log = structlog.get_logger()
 
@@ -43,6 +45,9 @@ class Migrations:
         self._outgoings = Outgoings(managers.database)
         self._store = _Store(managers.database)
         self._running: dict[str, Progress] = {}
+        self._claimed: dict[str, ExitStack] = {}
+        self._kept: list[ExitStack] = []
+        self._closing = threading.Event()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
 
@@ -133,25 +138,46 @@ class Migrations:
             Decision.ABORTED: peer_pb2.DECISION_ABORTED,
         }[record.decision]
 
-    def recover(self) -> None:
-        """After a start of the agent: end what a former life had begun, by its records."""
-        for name in self._store.unfinished():
-            migration = self._store.get(name)
-            record = self._outgoings.get(name)
-            progress = Progress(migration)
-            if record is None:
-                # It never came as far as a promise.
-                self._end_lost(progress)
-                self._store.save(progress.snapshot())
-                continue
+    def claim(self) -> None:
+        """Before the containers are reconciled: hold those whose migration is not finished. Their ends mean nothing."""
+        for record in self._outgoings.unfinished():
             stack = ExitStack()
-            stack.enter_context(
-                self._managers.containers.hold(record.container, f"migration {name} is being finished", wait_s=10)
+            what = f"migration {record.migration} is being finished"
+            try:
+                stack.enter_context(self._managers.containers.hold(record.container, what))
+            except Busy:
+                log.warning("two unfinished migrations of one container", container=record.container)
+            self._claimed[record.migration] = stack
+
+    def recover(self) -> None:
+        """After `claim`: end what a former life had begun, by its records."""
+        for record in self._outgoings.unfinished():
+            migration = migration_pb2.Migration(
+                name=record.migration,
+                container=record.container,
+                source=self._here.host,
+                destination=record.destination,
             )
-            self._begin(name, progress, lambda r=record, p=progress: self._carry_on(r, p), stack)  # type: ignore[misc]
+            with suppress(NotFound):
+                migration = self._store.get(record.migration)
+            progress = Progress(migration)
+            self._begin(record.migration, progress, lambda: None, self._claimed.pop(record.migration))
+        for name in self._store.unfinished():
+            with self._lock:
+                if name in self._running:
+                    continue
+            # It never came as far as a promise, or only its outcome was not stored.
+            progress = Progress(self._store.get(name))
+            ended = self._outgoings.get(name)
+            if ended is not None and ended.may_destroy:
+                progress.end(migration_pb2.OUTCOME_MIGRATED, ended.destination)
+            else:
+                progress.end(migration_pb2.OUTCOME_ROLLED_BACK, self._here.host, recovery.lost(self._here.host))
+            self._store.save(progress.snapshot())
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Cancel what can be cancelled and wait for it; what is committed goes on after the next start."""
+        self._closing.set()
         with self._lock:
             running, threads = list(self._running.values()), list(self._threads)
         for progress in running:
@@ -171,7 +197,13 @@ class Migrations:
         def run() -> None:
             try:
                 with resources:
-                    work()
+                    try:
+                        work()
+                    except Exception:
+                        log.exception("migration", migration=name)
+                    if not self._finish(name, progress):
+                        # The agent stops: the container stays held until the process is gone.
+                        self._kept.append(resources.pop_all())
             except Exception:
                 log.exception("migration", migration=name)
             finally:
@@ -186,59 +218,27 @@ class Migrations:
             self._threads.add(thread)
         thread.start()
 
+    def _finish(self, name: str, progress: Progress) -> bool:
+        """Until the record is finished, however long that takes; False if the agent stops before."""
+        while (record := self._outgoings.get(name)) is not None and not record.finished:
+            try:
+                self._carry_on(record, progress)
+            except Exception as error:
+                # Whatever it is, a frozen container waits: it is tried again.
+                log.warning("finishing a migration", migration=name, reason=f"{type(error).__name__}: {error}")
+                if self._closing.wait(RETRY_S):
+                    return False
+        return True
+
     def _carry_on(self, record: Outgoing, progress: Progress) -> None:
-        if record.decision is Decision.UNDECIDED:
-            record = self._outgoings.abort(record.migration)
-        if record.decision is Decision.RELEASED and record.answer is None:
-            record = self._ask(record, progress)
         try:
             departing = self._departing(self._managers.containers.record(record.container), record.migration)
         except NotFound:
             departing = None  # removed already; only the record was not finished
-        if record.may_destroy:
-            if departing is not None:
-                departing.kill()
-                departing.remove()
-            progress.end(migration_pb2.OUTCOME_MIGRATED, record.destination)
-        else:
-            if departing is not None:
-                departing.resume()
-            self._tell_aborted(record)
-            self._end_lost(progress)
-        self._outgoings.finish(record.migration)
-
-    def _ask(self, record: Outgoing, progress: Progress) -> Outgoing:
-        """Repeat `released` until the destination answers."""
-        uncertain = Uncertain(
-            f"{record.container} was released to {record.destination}, which has not answered; the copy here is kept"
-        )
-        progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain)
-        while True:
-            try:
-                with RemotePeer(self._managers.config, record.destination) as peer:
-                    answer = peer.decide(record.migration, record.epoch, peer_pb2.DECISION_RELEASED).ownership
-            except MigratorError as error:
-                log.warning("no answer to released", migration=record.migration, reason=str(error))
-            else:
-                if answer:
-                    owner = answer == peer_pb2.OWNERSHIP_OWNER
-                    return self._outgoings.hear(record.migration, Stage.OWNER if owner else Stage.REFUSED)
-            time.sleep(ASK_AGAIN_S)
-
-    def _tell_aborted(self, record: Outgoing) -> None:
-        try:
-            with RemotePeer(self._managers.config, record.destination) as peer:
-                peer.decide(record.migration, record.epoch, peer_pb2.DECISION_ABORTED)
-        except MigratorError as error:
-            # It asks by itself and gets the same answer.
-            log.warning("the destination did not hear of the abort", migration=record.migration, reason=str(error))
-
-    def _end_lost(self, progress: Progress) -> None:
-        lost = RolledBack(
-            f"the agent of {self._here.host} was restarted; the container goes on there as before",
-            reason="AGENT_RESTARTED",
-        )
-        progress.end(migration_pb2.OUTCOME_ROLLED_BACK, self._here.host, lost)
+        with RemotePeer(self._managers.config, record.destination) as peer:
+            recovery.carry_on(record.migration, self._here.host, departing, peer, self._outgoings, progress)
+        # CRIU's images, if the agent died between making and removing them.
+        shutil.rmtree(self._managers.migration_folder(record.migration), ignore_errors=True)
 
 
 class _Store:

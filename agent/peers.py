@@ -1,7 +1,8 @@
 """Other hosts' agents, called over mutual TLS (`migrator.ports.Peer`)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
@@ -12,6 +13,10 @@ from migrator.handover import Incoming
 from migrator.v1 import peer_pb2, peer_pb2_grpc
 
 QUICK_S = 10.0
+# A source that has something to say says it at once.
+ASK_S = 2.0
+# How often a waiting call looks whether it is still wanted.
+CHECK_S = 0.02
 # Preparing makes volumes and starts runc; restoring reads all images.
 SLOW_S = 300.0
 # A decision is asked again if it is not answered by then; the answer may already be on the other disk.
@@ -25,6 +30,10 @@ class RemotePeer:
         self.host = host
         self._channel = open_channel(config, host)
         self._stub = peer_pb2_grpc.PeerServiceStub(self._channel)
+        self._check: Callable[[], None] = lambda: None
+
+    def watch(self, check: Callable[[], None]) -> None:
+        self._check = check
 
     def __enter__(self) -> "RemotePeer":
         return self
@@ -38,8 +47,7 @@ class RemotePeer:
         return answer
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> None:
-        with self._errors():
-            self._stub.Prepare(request, timeout=SLOW_S)
+        self._wait(self._stub.Prepare.future(request, timeout=SLOW_S))
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
         """As long as pieces move there is no deadline; a dead peer is noticed by the channel's keepalive."""
@@ -54,21 +62,19 @@ class RemotePeer:
                 raise
 
         try:
-            with self._errors():
-                self._stub.Send(watched())
+            self._wait(self._stub.Send.future(watched()))
         except Exception:
             if failure:
                 raise failure[0] from None
             raise
 
     def hold_traffic(self, migration: str, epoch: int) -> None:
-        with self._errors():
-            self._stub.HoldTraffic(peer_pb2.HoldTrafficRequest(migration=migration, epoch=epoch), timeout=QUICK_S)
+        request = peer_pb2.HoldTrafficRequest(migration=migration, epoch=epoch)
+        self._wait(self._stub.HoldTraffic.future(request, timeout=QUICK_S))
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
         request = peer_pb2.RestoreRequest(migration=migration, epoch=epoch, digests=digests)
-        with self._errors():
-            answer: peer_pb2.RestoreResponse = self._stub.Restore(request, timeout=SLOW_S)
+        answer: peer_pb2.RestoreResponse = self._wait(self._stub.Restore.future(request, timeout=SLOW_S))
         return answer.steps
 
     def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse:
@@ -76,6 +82,19 @@ class RemotePeer:
         with self._errors():
             answer: peer_pb2.DecideResponse = self._stub.Decide(request, timeout=DECIDE_S)
         return answer
+
+    def _wait(self, call: "grpc.Future[Any]") -> Any:
+        """The answer; a cancelled or overdue migration does not wait for it."""
+        with self._errors():
+            while True:
+                try:
+                    return call.result(timeout=CHECK_S)
+                except grpc.FutureTimeoutError:
+                    try:
+                        self._check()
+                    except BaseException:
+                        call.cancel()
+                        raise
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -91,7 +110,7 @@ def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:
     with open_channel(config, record.source) as connection:
         try:
             answer: peer_pb2.GetDecisionResponse = peer_pb2_grpc.PeerServiceStub(connection).GetDecision(
-                request, timeout=QUICK_S
+                request, timeout=ASK_S
             )
         except grpc.RpcError as error:
             raise status.from_rpc(error, record.source) from error

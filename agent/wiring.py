@@ -64,6 +64,8 @@ class Agent:
         self.managers.volumes.sweep()
         self.images.sweep()
         template.sweep(config.cache_dir)
+        # First of all: a container whose migration is not finished must not be started again by its restart policy.
+        self.migrations.claim()
         self.managers.containers.reconcile()
         self.arrivals.recover(self.incomings.unfinished())
         self.migrations.recover()

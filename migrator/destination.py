@@ -18,7 +18,7 @@ import structlog
 
 from blockdev import blocks
 from blockdev.errors import BlockError
-from migrator.errors import MigratorError, NotFound, PeerError
+from migrator.errors import Busy, ExecutionError, MigratorError, NotFound, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
 from migrator.ports import ArrivalHost, Reservation
@@ -28,7 +28,11 @@ from migrator.v1 import container_pb2, peer_pb2
 # A source that is silent for so long is asked what it has decided.
 SILENCE_S = 3.0
 # Nothing was promised before `ready`: a source that cannot be asked for so long is given up.
-GIVE_UP_S = 15.0
+GIVE_UP_S = 12.0
+# A stream that the source has broken off, or that its silence has ended, is over by then.
+STREAM_END_S = 10.0
+
+FAILURES = (MigratorError, BlockError, OSError)
 
 log = structlog.get_logger()
 
@@ -55,13 +59,22 @@ class Arrival:
     # -- what the source asks for -----------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Open the volumes and start the restore as far as it goes without images."""
-        for index, path in enumerate(self._reservation.volumes):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._stack.callback(os.close, descriptor)
-            self._volumes[f"volume/{index}"] = descriptor, os.fstat(descriptor).st_size
-        if self._live:
-            self._reservation.warm_up()
+        """Open the volumes and start the restore as far as it goes without images. Undone if it fails."""
+        with self._lock:
+            try:
+                # The source may have changed its mind while the reservation was made.
+                self._reread()
+                self._expect(Stage.PREPARED)
+                for index, path in enumerate(self._reservation.volumes):
+                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    self._stack.callback(os.close, descriptor)
+                    self._volumes[f"volume/{index}"] = descriptor, os.fstat(descriptor).st_size
+                if self._live:
+                    self._reservation.warm_up()
+                self.heard_at = time.monotonic()
+            except BaseException:
+                self._refuse("it could not be prepared")
+                raise
 
     def send(self, requests: Iterator[peer_pb2.SendRequest], first: peer_pb2.SendRequest) -> peer_pb2.SendResponse:
         """Store one stream; several may run side by side, each with targets of its own."""
@@ -118,6 +131,7 @@ class Arrival:
         """The source's word. Answers with what is durable here; repeatable."""
         arrived = time.monotonic()
         with self._lock:
+            self._reread()
             self.heard_at = arrived
             if decision == peer_pb2.DECISION_ABORTED:
                 self._refuse("the source has aborted")
@@ -132,16 +146,28 @@ class Arrival:
     # -- what it does by itself -------------------------------------------------------------------------------------
 
     def tend(self, ask: AskSource) -> None:
-        """To be called every second or so: asks a silent source, and drops what is not wanted any more."""
-        silent_s = time.monotonic() - self.heard_at
-        if silent_s < SILENCE_S or self.record.stage in (Stage.OWNER, Stage.REFUSED):
-            return
+        """To be called every second or so: asks a silent source, drops what is not wanted, and repeats what failed."""
+        if not self._lock.acquire(blocking=False):
+            return  # somebody works on it
+        try:
+            if self.is_over:
+                return
+            self._reread()
+            if self.record.stage in (Stage.OWNER, Stage.REFUSED):
+                self._go_on()
+                return
+        finally:
+            self._lock.release()
+        if self._silence_s() > SILENCE_S:
+            self._ask(ask)
+
+    def _ask(self, ask: AskSource) -> None:
         try:
             decision = ask(self.record)
         except MigratorError as error:
             log.warning("the source does not answer", migration=self.record.migration, reason=str(error))
             with self._lock:
-                if silent_s > GIVE_UP_S and self.record.stage is Stage.PREPARED:
+                if self._silence_s() > GIVE_UP_S and self.record.stage is Stage.PREPARED:
                     self._refuse("the source is gone")
             return
         if decision == peer_pb2.DECISION_UNSPECIFIED:
@@ -149,17 +175,25 @@ class Arrival:
         else:
             self.decide(decision)
 
+    def _silence_s(self) -> float:
+        return time.monotonic() - self.heard_at
+
     def recover(self) -> None:
         """After a restart of the agent: go on from the record, or give up what cannot go on."""
         with self._lock:
             stage = self.record.stage
-            if stage is Stage.OWNER:
-                self._reservation.run()
-                self._settle()
-            elif stage is Stage.REFUSED:
-                self._discard()
+            if stage in (Stage.OWNER, Stage.REFUSED):
+                self._go_on()
             elif stage is Stage.PREPARED or (self._live and not self._reservation.is_held()):
                 self._refuse("the agent was restarted")
+
+    def _go_on(self) -> None:
+        """What the record says is decided, and may have been done in part."""
+        if self.record.stage is Stage.OWNER:
+            self._reservation.run()
+            self._settle()
+        else:
+            self._discard()
 
     @property
     def is_over(self) -> bool:
@@ -183,7 +217,7 @@ class Arrival:
                 answer.steps.add(name=name, duration_ms=milliseconds)
             answer.resume_ms = (time.monotonic() - arrived) * 1000
             self._settle()
-        except (MigratorError, BlockError, OSError) as error:
+        except FAILURES as error:
             # Committed: the source must not run its copy again, whatever went wrong here.
             log.error("after the handover", migration=self.record.migration, reason=str(error))
         answer.total_ms = (time.monotonic() - arrived) * 1000
@@ -196,16 +230,26 @@ class Arrival:
         if self.record.stage is not Stage.REFUSED:
             self.record = self._journal.refuse(self.record.migration)
             log.info("arrival refused", migration=self.record.migration, container=self.record.container, reason=why)
-        self._discard()
+        try:
+            self._discard()
+        except FAILURES as error:
+            # It is refused all the same, and the source may know; `tend` tries again.
+            log.error("discarding an arrival", migration=self.record.migration, reason=str(error))
 
     def _discard(self) -> None:
-        self._streams_ended.wait_for(lambda: not self._streams, timeout=GIVE_UP_S)
+        # A descriptor that is closed under a stream may be another file's by its next write.
+        if not self._streams_ended.wait_for(lambda: not self._streams, timeout=STREAM_END_S):
+            raise ExecutionError(f"the source of migration {self.record.migration} still sends; it is dropped later")
         self._close_volumes()
         self._reservation.discard()
         self._finish()
 
     def _finish(self) -> None:
         self._journal.finish(self.record.migration)
+        self._reread()
+
+    def _reread(self) -> None:
+        """A step may be durable although it failed: the disk's word counts."""
         self.record = self._journal.get(self.record.migration) or self.record
 
     def _close_volumes(self) -> None:
@@ -245,7 +289,11 @@ class Arrivals:
 
     def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> None:
         """Reserve everything; nothing is left if that fails."""
-        record = self._journal.begin(request.migration, request.container, source, request.epoch)
+        with self._lock:
+            others = [arrival for arrival in self._arrivals.values() if not arrival.is_over]
+            if any(arrival.record.container == request.container for arrival in others):
+                raise Busy(f"another migration brings {request.container} to this host: try again when that is done")
+            record = self._journal.begin(request.migration, request.container, source, request.epoch)
         try:
             reservation = self._host.reserve(request)
         except BaseException:
@@ -255,11 +303,7 @@ class Arrivals:
         arrival = Arrival(record, reservation, self._journal, is_live(request.state))
         with self._lock:
             self._arrivals[record.migration] = arrival
-        try:
-            arrival.prepare()
-        except BaseException:
-            arrival.decide(peer_pb2.DECISION_ABORTED)
-            raise
+        arrival.prepare()
 
     def get(self, source: str, migration: str, epoch: int) -> Arrival:
         """The arrival that a message is about. Raises NotFound also for one that is another source's."""
@@ -279,26 +323,35 @@ class Arrivals:
             record = self._journal.get(request.migration)
             if record is None or record.source != source or record.epoch != request.epoch:
                 raise
+            if record.stage in (Stage.PREPARED, Stage.READY):
+                # Still being reserved, or beyond what this agent could recover: it does not go on.
+                record = self._journal.refuse(record.migration)
             owner = record.stage is Stage.OWNER
             if owner and request.decision == peer_pb2.DECISION_ABORTED:
                 raise HandoverError(f"migration {request.migration} is committed here") from None
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
 
     def recover(self, records: list[Incoming]) -> None:
-        """Carry on what a former life of the agent had begun."""
+        """Carry on what a former life of the agent had begun; what fails is tried again by `tend`."""
         for record in records:
-            reservation, state = self._host.reserved(record.migration, record.container)
-            arrival = Arrival(record, reservation, self._journal, is_live(state))
-            with self._lock:
-                self._arrivals[record.migration] = arrival
-            arrival.recover()
+            try:
+                reservation, state = self._host.reserved(record.migration, record.container)
+                arrival = Arrival(record, reservation, self._journal, is_live(state))
+                with self._lock:
+                    self._arrivals[record.migration] = arrival
+                arrival.recover()
+            except FAILURES as error:
+                log.error("recovering an arrival", migration=record.migration, stage=record.stage, reason=str(error))
 
     def tend(self, ask: AskSource) -> None:
         """Look after all of them; to be called every second or so."""
         with self._lock:
             arrivals = list(self._arrivals.values())
         for arrival in arrivals:
-            arrival.tend(ask)
+            try:
+                arrival.tend(ask)
+            except FAILURES as error:
+                log.error("tending an arrival", migration=arrival.record.migration, reason=str(error))
             if arrival.is_over:
                 with self._lock:
                     self._arrivals.pop(arrival.record.migration, None)

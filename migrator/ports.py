@@ -3,7 +3,7 @@
 Every method is synchronous, raises a MigratorError if it failed, and may be called again after it failed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +150,9 @@ class Peer(Protocol):
     """The destination's agent as the source calls it; failures are Unreachable, or what the peer has raised."""
 
     host: str
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call this every few milliseconds while anything but `decide` waits; what it raises breaks off the call."""
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
 

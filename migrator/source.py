@@ -3,7 +3,7 @@
 What may go wrong at each line, and what happens then:
 - before `release` is durable: `abort` is written first, then everything is undone; the container runs here again
 - after it: the copy here stays frozen until the destination has said owner or refused, however long that takes
-- if this process dies, the guard does the first, and the restarted agent either (see `agent.recovery`)
+- if this process dies, the guard does the first, and the restarted agent either (see `migrator.recovery`)
 """
 
 import time
@@ -15,12 +15,12 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import disk
+from migrator import disk, recovery
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import Cancelled, ExecutionError, MigratorError, Precondition, RolledBack, TimedOut, Uncertain
 from migrator.files import read_file
-from migrator.handover import Decision, OutgoingJournal, Stage
+from migrator.handover import Decision, HandoverError, OutgoingJournal, Stage
 from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
 from migrator.stream import Digests, Meter, Sender
@@ -30,8 +30,7 @@ FEATURES = ("send-v1",)
 # How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
 ANSWER_PATIENCE_S = 15.0
 ANSWER_RETRY_S = 0.5
-FINISH_TRIES = 5
-FINISH_RETRY_S = 1.0
+FAILURES = (MigratorError, BlockError, OSError)
 
 log = structlog.get_logger()
 
@@ -87,6 +86,9 @@ class Departure:
         self._log_bytes = 0
         self._epoch = 0
         self._frozen_at = 0.0
+        self._touched = False
+        self._failure: MigratorError | BlockError | OSError | None = None
+        peer.watch(progress.check)
 
     def run(self) -> None:
         """All phases. Failures are the progress's outcome; what is raised from here is a bug."""
@@ -94,23 +96,24 @@ class Departure:
         try:
             with phase("preflight"):
                 known_epoch = self._preflight()
-        except MigratorError as error:
-            end(migration_pb2.OUTCOME_REFUSED, self._here.host, error)
+        except FAILURES as error:
+            end(migration_pb2.OUTCOME_REFUSED, self._here.host, as_migrator_error(error))
             return
         if self._options.check_only:
             end(migration_pb2.OUTCOME_CHECKED, self._here.host)
             return
         try:
             self._move(known_epoch)
-        except MigratorError as error:
-            end(*self._verdict(error))
-            return
+        except FAILURES as error:
+            # What failed first counts, not what the way back has met.
+            self._end(as_migrator_error(self._failure or error))
         except Exception as error:
-            end(*self._verdict(ExecutionError(f"unexpected {type(error).__name__}: {error}")))
+            self._end(ExecutionError(f"unexpected {type(error).__name__}: {error}"))
             raise
-        with phase("finish"):
-            self._finish()
-        end(migration_pb2.OUTCOME_MIGRATED, self._peer.host)
+        else:
+            with phase("finish"):
+                self._finish()
+            self._end(None)
 
     def _move(self, known_epoch: int) -> None:
         self._epoch = self._journal.begin(self._name, self._container.name, self._peer.host, known_epoch).epoch
@@ -129,8 +132,9 @@ class Departure:
                 with phase("restore"):
                     self._restore()
                 self._progress.commit()
-            except BaseException:
-                self._journal.abort(self._name)  # durable before anything is thawed
+            except BaseException as error:
+                self._failure = error if isinstance(error, FAILURES) else None
+                self._abort()  # durable before anything is thawed
                 raise
             with phase("handover"):
                 self._handover()
@@ -161,7 +165,7 @@ class Departure:
 
     def _prepare(self, undo: ExitStack) -> Checkpoint | None:
         container = self._container
-        undo.callback(self._tell_aborted)
+        undo.callback(self._close)
         self._peer.prepare(
             peer_pb2.PrepareRequest(
                 migration=self._name,
@@ -201,6 +205,7 @@ class Departure:
         if checkpoint is None:
             return
         container, step = self._container, self._progress.step
+        self._touched = True
         with step("tasks"):
             container.freeze()
         with step("traffic"):
@@ -231,7 +236,7 @@ class Departure:
 
     def _handover(self) -> None:
         """From `released` on there is no way back but the destination's word."""
-        self._journal.release(self._name)
+        self._release()
         answer, round_trip_ms = self._ask()
         if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
             self._journal.hear(self._name, Stage.REFUSED)
@@ -245,17 +250,35 @@ class Departure:
         self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
 
     def _finish(self) -> None:
-        """The container is elsewhere: nothing that fails here changes that. What is left is for the next start."""
-        for attempt in range(FINISH_TRIES):
-            try:
-                self._container.remove()
-                self._journal.finish(self._name)
-                return
-            except (MigratorError, BlockError, OSError) as error:
-                log.error("finish", migration=self._name, attempt=attempt, reason=str(error))
-                time.sleep(FINISH_RETRY_S)
+        """The container is elsewhere: nothing that fails here changes that, and `migrator.recovery` tries again."""
+        try:
+            self._container.remove()
+            self._journal.finish(self._name)
+        except FAILURES as error:
+            log.error("finish", migration=self._name, reason=str(error))
 
     # -- their details ----------------------------------------------------------------------------------------------
+
+    def _abort(self) -> None:
+        """If this fails, the container stays as it is: `migrator.recovery` tries again."""
+        try:
+            self._journal.abort(self._name)
+        except MigratorError as error:
+            log.error("abort", migration=self._name, reason=str(error))
+
+    def _release(self) -> None:
+        try:
+            self._journal.release(self._name)
+        except MigratorError as error:
+            self._failure = error
+            try:
+                self._journal.abort(self._name)
+            except HandoverError:
+                # `released` is on the disk in spite of the failure: it counts.
+                self._failure = None
+                log.warning("release", migration=self._name, reason=str(error))
+                return
+            raise
 
     def _ask(self) -> tuple[peer_pb2.DecideResponse, float]:
         """Say `released` until the destination answers; silence decides nothing. Returns the answer and its ms."""
@@ -317,19 +340,28 @@ class Departure:
             return
         began = time.monotonic()
         self._container.resume()
+        self._touched = False
         log.info("resumed at the source", migration=self._name, ms=round((time.monotonic() - began) * 1000, 1))
 
-    def _tell_aborted(self) -> None:
-        """Best effort: a destination that does not hear it asks by itself and cleans up."""
+    def _close(self) -> None:
+        """The end of a way back. A destination that does not hear of it asks by itself and cleans up."""
         record = self._journal.get(self._name)
-        if record is None or record.decision is not Decision.ABORTED:
+        if record is None or not record.may_thaw or self._touched:
             return
-        try:
-            self._peer.decide(self._name, self._epoch, peer_pb2.DECISION_ABORTED)
-        except MigratorError as error:
-            log.warning("the destination did not hear of the abort", migration=self._name, reason=str(error))
-        else:
-            self._journal.finish(self._name)
+        if record.decision is Decision.ABORTED:
+            recovery.tell_aborted(self._peer, record)
+        self._journal.finish(self._name)
+
+    def _end(self, error: MigratorError | None) -> None:
+        """The outcome, by what the record says; `migrator.recovery` carries on what is not finished."""
+        record = self._journal.get(self._name)
+        end = self._progress.end
+        if record is not None and record.may_destroy:
+            end(migration_pb2.OUTCOME_MIGRATED, self._peer.host)
+        elif record is not None and record.decision is Decision.RELEASED and record.answer is None:
+            end(migration_pb2.OUTCOME_UNCERTAIN, "", self._uncertain(str(error)))
+        elif error is not None:
+            end(*self._verdict(error))
 
     def _verdict(self, error: MigratorError) -> tuple[migration_pb2.Outcome, str, MigratorError]:
         """Outcome, place and error of a migration that did not happen."""
@@ -345,3 +377,8 @@ class Departure:
             return migration_pb2.OUTCOME_ROLLED_BACK, here, error
         back = RolledBack(f"{error}. {self._container.name} goes on at {here} as before", reason=error.reason)
         return migration_pb2.OUTCOME_ROLLED_BACK, here, back
+
+
+def as_migrator_error(error: BaseException) -> MigratorError:
+    """Errors of the disk and of the kernel as those that clients know."""
+    return error if isinstance(error, MigratorError) else ExecutionError(str(error))
