@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ def remove() -> None:
     """Remove every trace of a lab. What holds what decides the order: frozen file systems hold mounts, frozen
     cgroups hold processes, processes hold namespaces and cgroups, mounts hold loop devices, and those hold files."""
     hosts = [Host(index) for index in range(1, HOSTS_MAX + 1)]
+    for host in hosts:
+        if agent := host.agent_pid():
+            os.kill(agent, signal.SIGKILL)  # it might freeze again what is thawed next
     for host in hosts:
         if host.init_pid():
             thaw_file_systems(host)
@@ -120,8 +124,12 @@ def stop_proxy() -> None:
 def release_loops() -> None:
     """Detach the loop devices whose backing files are in the lab's folder, or in a file system on such a device."""
     for device in reversed(list(lab_loops())):
-        subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
         backing = Path("/sys/block", Path(device).name, "loop/backing_file")
+        if (backing.parent / "autoclear").read_text().strip() == "1":
+            # Asked to before, and still in use by what no process shows: it goes with its last user, or a reboot.
+            print(f"lab: {device} of an earlier lab is still in use; left alone", file=sys.stderr)
+            continue
+        subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
         deadline = time.monotonic() + 2
         while backing.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
