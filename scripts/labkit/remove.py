@@ -26,7 +26,8 @@ def remove() -> None:
     hosts = [Host(index) for index in range(1, HOSTS_MAX + 1)]
     for host in hosts:
         if agent := host.agent_pid():
-            os.kill(agent, signal.SIGKILL)  # it might freeze again what is thawed next
+            # It might freeze again what is thawed next.
+            subprocess.run(host.inside("kill", "-9", str(agent)), check=False)
     for host in hosts:
         if host.init_pid():
             thaw_file_systems(host)
