@@ -1,0 +1,54 @@
+"""The lab for the tests that move containers between hosts: up once for all of them, and clean after each."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.lab_kit import HOSTS, SCRIPT, Lab, eventually
+
+
+@pytest.fixture(scope="session")
+def lab_session() -> Iterator[Lab]:
+    """Two hosts, taken down at the end."""
+    if os.geteuid() != 0:
+        pytest.skip("the lab needs root")
+    up = subprocess.run([SCRIPT, "up", "--hosts", "2"], capture_output=True, text=True, check=False, timeout=120)
+    assert up.returncode == 0, f"scripts/lab up: {up.stderr}"
+    try:
+        lab = Lab()
+        lab.remember()
+        yield lab
+    finally:
+        down = subprocess.run([SCRIPT, "down"], capture_output=True, text=True, check=False, timeout=120)
+    assert down.returncode == 0, f"scripts/lab down: {down.stderr}"
+
+
+@pytest.fixture
+def lab(lab_session: Lab) -> Iterator[Lab]:
+    """The lab, with no container on any host before and after the test; what a removal leaves behind fails the test.
+
+    The agents run and the links are up afterwards, also where the test has killed or cut them.
+    """
+    yield lab_session
+    mend(lab_session)
+    for host in HOSTS:
+        eventually(f"{host} has no work left", lambda h=host: no_work(lab_session, h), 30)  # type: ignore[misc]
+    lab_session.remove_all()
+    left = {host: lab_session.clean(host) for host in HOSTS}
+    assert not any(left.values()), f"left behind after every container was removed: {left}"
+
+
+def mend(lab: Lab) -> None:
+    """Every agent runs, every link is up."""
+    for row in lab.status():
+        if row["link"] == "cut":
+            lab.lab("heal", row["name"])
+        if row["agent"] != "running":
+            lab.lab("start", row["name"])
+
+
+def no_work(lab: Lab, host: str) -> bool:
+    """No container of the host is arriving or in a migration."""
+    return all(not row["migration"] and row["state"] != "arriving" for row in lab.ps(host).values())
