@@ -67,7 +67,7 @@ class Agent:
         # First of all: a container whose migration is not finished must not be started again by its restart policy.
         self.migrations.claim()
         self.managers.containers.reconcile()
-        self.arrivals.recover(self.incomings.unfinished())
+        self.arrivals.recover()
         self.migrations.recover()
         resources.callback(self.migrations.close)
         tend = Periodic("arrivals", TEND_INTERVAL_S, lambda: self.arrivals.tend(lambda r: ask_source(config, r)))

@@ -18,6 +18,7 @@ import structlog
 
 from blockdev import blocks
 from blockdev.errors import BlockError
+from migrator import faults
 from migrator.errors import Busy, ExecutionError, MigratorError, NotFound, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
@@ -69,6 +70,7 @@ class Arrival:
                     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
                     self._stack.callback(os.close, descriptor)
                     self._volumes[f"volume/{index}"] = descriptor, os.fstat(descriptor).st_size
+                faults.point("destination.prepare")
                 if self._live:
                     self._reservation.warm_up()
                 self.heard_at = time.monotonic()
@@ -89,6 +91,7 @@ class Arrival:
                 answer.pieces += 1
                 answer.bytes += request.length
                 request = next(requests, None)
+            faults.point("destination.send")
             # Here, where only the last stream's share falls into the freeze.
             for descriptor, _ in self._volumes.values():
                 os.fdatasync(descriptor)
@@ -103,6 +106,7 @@ class Arrival:
         with self._lock:
             self._expect(Stage.PREPARED)
             self._reservation.hold_traffic()
+            faults.point("destination.hold")
 
     def restore(self, digests: Mapping[str, bytes]) -> dict[str, float]:
         """Complete, synced, restored and not run: `ready` is durable on return. Milliseconds by step."""
@@ -124,7 +128,9 @@ class Arrival:
                 self._reservation.mount()
                 steps["mount"] = (time.monotonic() - began) * 1000
                 steps.update(self._reservation.restore())
+            faults.point("destination.restore")
             self.record = self._journal.make_ready(self.record.migration)
+            faults.point("destination.ready")
         return steps
 
     def decide(self, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
@@ -210,11 +216,14 @@ class Arrival:
         if self.record.stage is not Stage.READY or (self._live and not self._reservation.is_held()):
             self._refuse("there is no restored copy")
             return
+        faults.point("destination.released")
         self.record = self._journal.own(self.record.migration)
+        faults.point("destination.owner")
         answer.ownership = peer_pb2.OWNERSHIP_OWNER
         try:
             for name, milliseconds in self._reservation.run().items():
                 answer.steps.add(name=name, duration_ms=milliseconds)
+            faults.point("destination.run")
             answer.resume_ms = (time.monotonic() - arrived) * 1000
             self._settle()
         except FAILURES as error:
@@ -285,24 +294,31 @@ class Arrivals:
         self._host = host
         self._journal = journal
         self._arrivals: dict[str, Arrival] = {}
+        # Migration to container, until there is an arrival.
+        self._preparing: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> None:
         """Reserve everything; nothing is left if that fails."""
         with self._lock:
-            others = [arrival for arrival in self._arrivals.values() if not arrival.is_over]
-            if any(arrival.record.container == request.container for arrival in others):
+            others = [arrival.record.container for arrival in self._arrivals.values() if not arrival.is_over]
+            if request.container in (*others, *self._preparing.values()):
                 raise Busy(f"another migration brings {request.container} to this host: try again when that is done")
-            record = self._journal.begin(request.migration, request.container, source, request.epoch)
+            self._preparing[request.migration] = request.container
         try:
-            reservation = self._host.reserve(request)
-        except BaseException:
-            self._journal.refuse(record.migration)
-            self._journal.finish(record.migration)
-            raise
-        arrival = Arrival(record, reservation, self._journal, is_live(request.state))
-        with self._lock:
-            self._arrivals[record.migration] = arrival
+            record = self._journal.begin(request.migration, request.container, source, request.epoch)
+            try:
+                reservation = self._host.reserve(request)
+            except BaseException:
+                self._journal.refuse(record.migration)
+                self._journal.finish(record.migration)
+                raise
+            arrival = Arrival(record, reservation, self._journal, is_live(request.state))
+            with self._lock:
+                self._arrivals[record.migration] = arrival
+        finally:
+            with self._lock:
+                del self._preparing[request.migration]
         arrival.prepare()
 
     def get(self, source: str, migration: str, epoch: int) -> Arrival:
@@ -324,16 +340,19 @@ class Arrivals:
             if record is None or record.source != source or record.epoch != request.epoch:
                 raise
             if record.stage in (Stage.PREPARED, Stage.READY):
-                # Still being reserved, or beyond what this agent could recover: it does not go on.
+                # Still being reserved, or not recovered yet: it does not go on.
                 record = self._journal.refuse(record.migration)
             owner = record.stage is Stage.OWNER
             if owner and request.decision == peer_pb2.DECISION_ABORTED:
                 raise HandoverError(f"migration {request.migration} is committed here") from None
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
 
-    def recover(self, records: list[Incoming]) -> None:
+    def recover(self) -> None:
         """Carry on what a former life of the agent had begun; what fails is tried again by `tend`."""
-        for record in records:
+        for record in self._journal.unfinished():
+            with self._lock:
+                if record.migration in self._arrivals or record.migration in self._preparing:
+                    continue
             try:
                 reservation, state = self._host.reserved(record.migration, record.container)
                 arrival = Arrival(record, reservation, self._journal, is_live(state))
@@ -345,6 +364,7 @@ class Arrivals:
 
     def tend(self, ask: AskSource) -> None:
         """Look after all of them; to be called every second or so."""
+        self.recover()
         with self._lock:
             arrivals = list(self._arrivals.values())
         for arrival in arrivals:

@@ -163,6 +163,9 @@ class IncomingJournal(Protocol):
     def get(self, migration: str) -> Incoming | None:
         """The record as it is on the disk."""
 
+    def unfinished(self) -> list[Incoming]:
+        """Records that there is still something to do for."""
+
     def make_ready(self, migration: str) -> Incoming:
         """`make_ready`, durable on return."""
 

@@ -15,7 +15,7 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import disk, recovery
+from migrator import disk, faults, recovery
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import Cancelled, ExecutionError, MigratorError, Precondition, RolledBack, TimedOut, Uncertain
@@ -179,6 +179,7 @@ class Departure:
                 start_time_ms=container.start_time_ms,
             )
         )
+        faults.point("source.prepare")
         if not self._live:
             return None
         undo.enter_context(container.guard(self._name))
@@ -191,6 +192,7 @@ class Departure:
         sender = self._sender()
         copy.run_rounds(self._peer.send, sender)
         self._peer.send(self._log(sender))
+        faults.point("source.precopy")
         return copy
 
     def _rehearse(self) -> ExitStack:
@@ -211,8 +213,10 @@ class Departure:
         with step("traffic"):
             self._peer.hold_traffic(self._name, self._epoch)
             container.disconnect()
+        faults.point("source.freeze")
         with step("dump"):
             checkpoint.dump()
+        faults.point("source.dump")
         with step("file system"):
             rehearsal.close()
             undo.callback(container.thaw_volumes)
@@ -229,14 +233,17 @@ class Departure:
             yield from self._log(sender)
 
         self._peer.send(requests())
+        faults.point("source.final")
 
     def _restore(self) -> None:
         self._progress.check()
         self._progress.steps(self._peer.restore(self._name, self._epoch, self._digests.all()))
+        faults.point("source.ready")
 
     def _handover(self) -> None:
         """From `released` on there is no way back but the destination's word."""
         self._release()
+        faults.point("source.released")
         answer, round_trip_ms = self._ask()
         if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
             self._journal.hear(self._name, Stage.REFUSED)
@@ -244,14 +251,17 @@ class Departure:
                 f"{self._peer.host} could not take {self._container.name}; it goes on at {self._here.host}"
             )
         self._journal.hear(self._name, Stage.OWNER)
+        faults.point("source.owner")
         self._progress.steps(answer.steps)
         stood_still_ms = (time.monotonic() - self._frozen_at) * 1000 - round_trip_ms
         exchange_ms = max(0.0, round_trip_ms - answer.total_ms) / 2
-        self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
+        if self._live:
+            self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
 
     def _finish(self) -> None:
         """The container is elsewhere: nothing that fails here changes that, and `migrator.recovery` tries again."""
         try:
+            faults.point("source.finish")
             self._container.remove()
             self._journal.finish(self._name)
         except FAILURES as error:

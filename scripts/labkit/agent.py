@@ -1,5 +1,6 @@
 """The agent of a host: start it, wait for it, kill it."""
 
+import os
 import socket
 import subprocess
 
@@ -24,6 +25,8 @@ def launch(host: Host) -> None:
     # In the background of a shell setsid does not fork, so $! is the agent's own pid.
     detached = 'setsid "$@" </dev/null >>"$0" 2>&1 & echo $! >/run/lab-agent.pid'
     environment = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+    # See migrator/faults.py: a test's wish, for agents that are started by it.
+    environment |= {name: os.environ[name] for name in ("MIGRATOR_FAULTS",) if name in os.environ}
     enter = ["nsenter", f"--target={pid}", *NAMESPACES, "--wdns=/", "--"]
     subprocess.run([*enter, "sh", "-c", detached, str(host.log), *AGENT], env=environment, check=True)
 

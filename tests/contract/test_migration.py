@@ -1,0 +1,444 @@
+"""The two ends of a migration against each other, with every call of either failing once, before or after its effect.
+
+Whatever fails: at the end exactly one end runs the container, the other has nothing left of it, and both records are
+finished. The same for either agent dying at every call, and for a link that is cut at every call for good or for long.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from agent import journal
+from agent.database import Database
+from agent.journal import Incomings, Outgoings
+from blockdev.errors import BlockError
+from migrator import destination, recovery, source
+from migrator.destination import Arrivals
+from migrator.errors import ExecutionError, MigratorError, NotFound, Unreachable
+from migrator.handover import Decision, Incoming
+from migrator.progress import Progress
+from migrator.source import Departure, Here, Options
+from migrator.v1 import container_pb2, migration_pb2, peer_pb2
+from tests.fakes.ends import (
+    LIVE,
+    Calls,
+    Died,
+    FakeArrivalHost,
+    FakeLeaving,
+    Fault,
+    FaultyIncomings,
+    FaultyOutgoings,
+    LoopbackPeer,
+    World,
+)
+
+FAILURES = (MigratorError, BlockError, OSError)
+HERE = Here("a", "6.18", ("fpu",), "4.2")
+STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+names = (f"m-{number}" for number in itertools.count())
+
+
+class Pair:
+    """Two hosts and one container, which is at the first."""
+
+    def __init__(self, folder: Path, state: "container_pb2.ContainerState" = LIVE) -> None:
+        self.calls = Calls()
+        self.world = World()
+        self.databases = [Database(folder / f"{end}.db", [journal.SCHEMA]) for end in "ab"]
+        self.outgoings, self.incomings = Outgoings(self.databases[0]), Incomings(self.databases[1])
+        self.container = FakeLeaving(folder / "a", self.world, self.calls, state)
+        self.host = FakeArrivalHost(folder / "b", self.world, self.calls)
+        self.peer = LoopbackPeer("b", self.host, self.arrivals(), self.calls)
+        self.working = False
+        self.source_is_up = True
+
+    def close(self) -> None:
+        for database in self.databases:
+            database.close()
+
+    def arrivals(self) -> Arrivals:
+        return Arrivals(self.host, FaultyIncomings(self.incomings, self.calls))
+
+    def migrate(self) -> tuple[str, Progress]:
+        """One departure; a death of either agent comes out as Died."""
+        name = next(names)
+        progress = Progress(migration_pb2.Migration(name=name, container="ct", source="a", destination="b"))
+        outgoings = FaultyOutgoings(self.outgoings, self.calls)
+        departure = Departure(name, HERE, self.container, self.peer, outgoings, progress, Options())
+        self.working = True
+        try:
+            departure.run()
+        finally:
+            self.working = False
+        return name, progress
+
+    def carry_on(self, name: str, progress: Progress) -> None:
+        """As the agent does after a departure, and after a start: until the record is finished."""
+        outgoings = FaultyOutgoings(self.outgoings, self.calls)
+        for _ in range(5):
+            record = self.outgoings.get(name)
+            if record is None or record.finished:
+                return
+            container = None if self.container.removed else self.container
+            try:
+                recovery.carry_on(name, "a", container, self.peer, outgoings, progress)
+            except FAILURES:
+                self.tend()
+        raise AssertionError(f"not finished: {self.outgoings.get(name)}")
+
+    def tend(self) -> None:
+        """A long time passes at the destination."""
+        for arrival in list(self.peer.arrivals._arrivals.values()):
+            arrival.heard_at -= 100
+        self.peer.arrivals.tend(self.ask)
+
+    def ask(self, record: Incoming) -> "peer_pb2.Decision":
+        """As `agent.migrations.Migrations.decision`."""
+        if not (self.source_is_up and self.peer.reachable):
+            raise Unreachable("the source is away")
+        found = self.outgoings.get(record.migration)
+        if found is None:
+            raise NotFound("no such migration")
+        if found.decision is Decision.UNDECIDED and not self.working:
+            found = self.outgoings.abort(record.migration)
+        return {
+            Decision.UNDECIDED: peer_pb2.DECISION_UNSPECIFIED,
+            Decision.RELEASED: peer_pb2.DECISION_RELEASED,
+            Decision.ABORTED: peer_pb2.DECISION_ABORTED,
+        }[found.decision]
+
+    def restart_destination(self) -> None:
+        """A new agent, which knows what is on the disk."""
+        self.peer.arrivals = self.arrivals()
+        self.peer.arrivals.recover()
+
+    def expect_settled(self, live: bool = True) -> bool:
+        """Exactly one end has the container, the other has nothing. Returns whether it has moved."""
+        moved = self.container.removed
+        if moved:
+            assert any(made.owned for made in self.host.reservations.values())
+            assert self.world.destination_runs == live
+            assert not self.world.source_runs
+        else:
+            assert self.world.source_runs == live
+            assert not self.world.destination_runs
+            assert self.container.is_as_before()
+        assert not self.container.images.exists()
+        assert not self.host.left(), "something is left at the destination"
+        assert not self.outgoings.unfinished()
+        assert not self.incomings.unfinished()
+        assert not self.peer.arrivals.count()
+        return moved
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    with make_pair(tmp_path / "pair", monkeypatch) as made:
+        yield made
+
+
+@contextmanager
+def make_pair(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState" = LIVE
+) -> Iterator[Pair]:
+    monkeypatch.setattr(source, "ANSWER_RETRY_S", 0.0)
+    monkeypatch.setattr(destination, "STREAM_END_S", 0.2)
+    folder.mkdir()
+    made = Pair(folder, state)
+    with ExitStack() as stack:
+        stack.callback(made.close)
+        yield made
+
+
+def all_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
+) -> list[tuple[str, int]]:
+    """What one migration without a fault calls, in order."""
+    with make_pair(tmp_path / "dry", monkeypatch, state) as pair:
+        pair.migrate()
+        assert pair.expect_settled(state == LIVE)
+        return list(pair.calls.seen)
+
+
+@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
+def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState") -> None:
+    with make_pair(tmp_path / "pair", monkeypatch, state) as pair:
+        _, progress = pair.migrate()
+        assert pair.expect_settled(state == LIVE)
+        (made,) = pair.host.reservations.values()
+        assert made.volumes[0].read_bytes() == pair.container.image.read_bytes()
+        assert made.log.read_text() == "a line\n"
+        migration = progress.snapshot()
+        assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_MIGRATED, "b")
+
+
+ERRORS: dict[str, Callable[[str], BaseException]] = {
+    "execution": ExecutionError,
+    "os": lambda text: OSError(5, text),
+    "wire": Unreachable,
+}
+
+
+@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_call_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState", error: str
+) -> None:
+    calls = all_calls(tmp_path, monkeypatch, state)
+    for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
+        if name.startswith("journal") and error != "execution":
+            continue
+        if name.startswith("peer") and error == "os":
+            continue
+        fault = Fault(name, number, after, ERRORS[error])
+        with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
+            pair.calls.fault = fault
+            migration, progress = pair.migrate()
+            assert pair.calls.struck, fault
+            pair.carry_on(migration, progress)
+            for _ in range(3):
+                pair.tend()
+            moved = check(pair, fault, state)
+            outcome = progress.snapshot()
+            if moved:
+                assert outcome.outcome == migration_pb2.OUTCOME_MIGRATED, fault
+            else:
+                assert outcome.outcome in (migration_pb2.OUTCOME_REFUSED, migration_pb2.OUTCOME_ROLLED_BACK), fault
+                assert str(fault) in outcome.error or name.startswith("journal a.abort"), (fault, outcome.error)
+            if not moved:
+                next_one_works(pair, fault, state)
+
+
+@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
+def test_destination_dies_at_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
+) -> None:
+    calls = all_calls(tmp_path, monkeypatch, state)
+    mine = [call for call in calls if call[0].startswith(("destination", "journal b"))]
+    for index, ((name, number), after, reboot) in enumerate(itertools.product(mine, (False, True), (False, True))):
+        committed = (name, after) == ("journal b.own", True)
+        if reboot and (committed or name in ("destination.run", "destination.settle")):
+            continue  # the container was that host's own: a reboot ends it as any other
+        # Over the wire a dead agent is one that cannot be reached; it stays dead until it is started again.
+        fault = Fault(name, number, after, Unreachable)
+        with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
+            pair.calls.fault = fault
+            monkeypatch.setattr(source, "ANSWER_PATIENCE_S", 0.0)
+
+            class Dying(Exception):
+                pass
+
+            original = pair.peer._wire
+
+            @contextmanager
+            def wire(call: str, pair: Pair = pair, original: Callable = original) -> Iterator[None]:  # type: ignore[type-arg]
+                if pair.calls.struck and pair.peer.reachable and not restarted:
+                    if call == "decide" and silence:
+                        silence.pop()
+                        raise Unreachable("it is dead")
+                    restarted.append(True)
+                    pair.calls.fault = None
+                    if reboot:
+                        for made in pair.host.reservations.values():
+                            made.reboot()
+                    pair.restart_destination()
+                with original(call):
+                    yield
+
+            restarted: list[bool] = []
+            silence = [True]
+            pair.peer._wire = wire  # type: ignore[method-assign]
+            migration, progress = pair.migrate()
+            assert pair.calls.struck, fault
+            if not restarted:
+                pair.calls.fault = None
+                pair.restart_destination()
+            pair.carry_on(migration, progress)
+            for _ in range(3):
+                pair.tend()
+            check(pair, fault, state)
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guard", "no guard"])
+def test_source_dies_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guard: bool) -> None:
+    calls = all_calls(tmp_path, monkeypatch, LIVE)
+    for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
+        if name.startswith(("destination", "journal b")):
+            continue
+        fault = Fault(name, number, after, Died)
+        with make_pair(tmp_path / str(index), monkeypatch) as pair:
+            pair.calls.fault = fault
+            migration, progress = die(pair)
+            assert pair.calls.struck, fault
+            pair.source_is_up = False
+            record = pair.outgoings.get(migration)
+            if guard and record is not None and record.decision is not Decision.RELEASED:
+                # As agent.guard.
+                pair.outgoings.abort(migration)
+                pair.container.resume()
+                assert pair.world.source_runs
+            pair.tend()
+            pair.source_is_up = True
+            pair.carry_on(migration, progress)
+            for _ in range(3):
+                pair.tend()
+            check(pair, fault, LIVE)
+
+
+def die(pair: Pair) -> tuple[str, Progress]:
+    """Migrate until the source's agent dies; nothing of its way back happens. What CRIU held rolls back by itself."""
+    name = next(names)
+    progress = Progress(migration_pb2.Migration(name=name, container="ct", source="a", destination="b"))
+    calls = pair.calls
+
+    class Frozen:
+        """After the death nobody calls anything any more: the way back of Python's own stack is not the agent's."""
+
+        def __init__(self, inner: object) -> None:
+            self._inner = inner
+
+        def __getattr__(self, attribute: str) -> object:
+            if calls.struck:
+                raise Died
+            return getattr(self._inner, attribute)
+
+    container = pair.container
+    departure = Departure(
+        name,
+        HERE,
+        Frozen(container),  # type: ignore[arg-type]
+        Frozen(pair.peer),  # type: ignore[arg-type]
+        Frozen(FaultyOutgoings(pair.outgoings, calls)),  # type: ignore[arg-type]
+        progress,
+        Options(),
+    )
+    before: dict[str, bool] = {}
+    try:
+        with remember(container, before, calls):
+            departure.run()
+    except Died:
+        pass
+    fault = calls.fault
+    calls.fault = None
+    container.__dict__.update(before)
+    container.criu_holds = container.guarded = False
+    if container.images.exists():
+        for image in container.images.iterdir():
+            image.unlink()
+        container.images.rmdir()
+    container._update()
+    assert fault is not None
+    return name, progress
+
+
+@contextmanager
+def remember(container: FakeLeaving, into: dict[str, bool], calls: Calls) -> Iterator[None]:
+    """What the container was at the moment of the death."""
+    words = ("frozen", "disconnected", "fs_frozen", "killed", "removed")
+    strike = calls._strike
+
+    def striking(name: str, number: int, *, after: bool) -> None:
+        try:
+            strike(name, number, after=after)
+        except Died:
+            into.update({word: getattr(container, word) for word in words})
+            raise
+
+    calls._strike = striking  # type: ignore[method-assign]
+    yield
+
+
+def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [call for call in all_calls(tmp_path, monkeypatch, LIVE) if call[0].startswith("peer")]
+    for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
+        fault = Fault(name, number, after, Unreachable)
+        with make_pair(tmp_path / str(index), monkeypatch) as pair:
+            pair.calls.fault = fault
+            monkeypatch.setattr(source, "ANSWER_PATIENCE_S", 0.0)
+            tries = itertools.count()
+            original = pair.peer._wire
+
+            @contextmanager
+            def wire(call: str, pair: Pair = pair, original: Callable = original) -> Iterator[None]:  # type: ignore[type-arg]
+                if pair.calls.struck and (pair.world.source_runs or next(tries) < 3):
+                    raise Unreachable("the link is cut")
+                with original(call):
+                    yield
+
+            pair.peer._wire = wire  # type: ignore[method-assign]
+            migration, progress = pair.migrate()
+            assert pair.calls.struck, fault
+            pair.peer._wire = original  # type: ignore[method-assign]
+            pair.calls.fault = None
+            pair.carry_on(migration, progress)
+            for _ in range(3):
+                pair.tend()
+            if not check(pair, fault, LIVE):
+                next_one_works(pair, fault, LIVE)
+
+
+def test_cancelled_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = all_calls(tmp_path, monkeypatch, LIVE)
+    cancelled = 0
+    for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
+        with make_pair(tmp_path / str(index), monkeypatch) as pair:
+            made = next(names)
+            progress = Progress(migration_pb2.Migration(name=made, container="ct", source="a", destination="b"))
+            accepted: list[bool] = []
+            strike = pair.calls._strike
+
+            def striking(
+                call: str, count: int, *, after: bool, wanted: tuple[str, int, bool] = (name, number, after)
+            ) -> None:
+                if (call, count, after) == wanted:
+                    accepted.append(progress.cancel())
+                strike(call, count, after=after)
+
+            pair.calls._strike = striking  # type: ignore[method-assign]
+            outgoings = FaultyOutgoings(pair.outgoings, pair.calls)
+            Departure(made, HERE, pair.container, pair.peer, outgoings, progress, Options()).run()
+            moved = check(pair, Fault(name, number, after), LIVE)
+            assert accepted == [not moved], (name, number, after)
+            if not moved:
+                cancelled += 1
+                assert progress.snapshot().exit_code == 130
+    assert cancelled > 10
+
+
+def test_source_gone_for_good_before_ready(pair: Pair) -> None:
+    pair.calls.fault = Fault("peer.hold traffic", 0, True, Died)
+    die(pair)
+    pair.source_is_up = False
+    pair.tend()
+    assert not pair.host.left()
+    assert not pair.incomings.unfinished()
+
+
+def test_silence_after_ready_decides_nothing(pair: Pair) -> None:
+    pair.calls.fault = Fault("peer.restore", 0, True, Died)
+    migration, progress = die(pair)
+    pair.source_is_up = False
+    for _ in range(5):
+        pair.tend()
+    assert "held" in pair.host.left()
+    pair.restart_destination()
+    assert "held" in pair.host.left()
+    pair.source_is_up = True
+    pair.carry_on(migration, progress)
+    check(pair, pair.calls.fault, LIVE)
+
+
+def check(pair: Pair, fault: object, state: "container_pb2.ContainerState") -> bool:
+    try:
+        return pair.expect_settled(state == LIVE)
+    except AssertionError as error:
+        raise AssertionError(f"{fault}: {error}") from error
+
+
+def next_one_works(pair: Pair, fault: object, state: "container_pb2.ContainerState") -> None:
+    pair.calls.fault = None
+    _, progress = pair.migrate()
+    assert check(pair, f"after {fault}", state), progress.snapshot().error

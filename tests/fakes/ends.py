@@ -1,0 +1,460 @@
+"""Both hosts of a migration without a kernel: containers are a few booleans and real files, calls fail as told.
+
+A fault is a call's name, which call of that name it hits, whether it strikes before the call has had its effect or
+after, and what is raised. What exists at a host is a set of words, so that a test can say that nothing is left.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.journal import Incomings, Outgoings
+from blockdev.extents import Range
+from migrator.destination import Arrivals
+from migrator.errors import ExecutionError, MigratorError, Unreachable
+from migrator.handover import Incoming, Outgoing, Stage
+from migrator.ports import LeavingVolume
+from migrator.v1 import container_pb2, peer_pb2
+
+VOLUME_BYTES = 1 << 20
+LIVE = container_pb2.CONTAINER_STATE_RUNNING
+
+
+class Died(BaseException):
+    """The agent is killed here: nothing of it runs any more."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Strikes the `number`th call of this name, counted from 0, and every one after it if it lasts."""
+
+    call: str
+    number: int
+    after: bool
+    error: Callable[[str], BaseException] = ExecutionError
+    lasting: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.call}#{self.number}-{'after' if self.after else 'before'}"
+
+
+@dataclass
+class Calls:
+    """Every call of both ends goes through here."""
+
+    fault: Fault | None = None
+    seen: list[tuple[str, int]] = field(default_factory=list)
+    struck: bool = False
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        number = self._counts[name]
+        self._counts[name] += 1
+        self.seen.append((name, number))
+        self._strike(name, number, after=False)
+        yield
+        self._strike(name, number, after=True)
+
+    def _strike(self, name: str, number: int, *, after: bool) -> None:
+        fault = self.fault
+        if fault is None or fault.call != name or fault.after != after:
+            return
+        if number == fault.number or (fault.lasting and number > fault.number):
+            self.struck = True
+            raise fault.error(f"{fault} as asked for")
+
+
+class World:
+    """What runs where; two copies that run at once are the failure that nothing may cause."""
+
+    def __init__(self) -> None:
+        self.source_runs = True
+        self.destination_runs = False
+
+    def check(self) -> None:
+        assert not (self.source_runs and self.destination_runs), "two copies run"
+
+
+class FakeTracker:
+    """Reports one range once."""
+
+    def __init__(self) -> None:
+        self._left = [[Range(0, 65536)], [Range(65536, 131072)]]
+
+    def collect(self) -> list[Range]:
+        return self._left.pop() if self._left else []
+
+    def close(self) -> None:
+        pass
+
+
+class FakeLeaving:
+    """A container at the source (`migrator.ports.LeavingContainer`)."""
+
+    def __init__(self, folder: Path, world: World, calls: Calls, state: "container_pb2.ContainerState" = LIVE) -> None:
+        folder.mkdir()
+        self.name = "ct"
+        self.spec = container_pb2.ContainerSpec(image="i", volumes=[container_pb2.Volume(size_bytes=VOLUME_BYTES)])
+        self.state = state
+        self.create_time_ms = self.start_time_ms = 1
+        self.memory_bytes = 4096
+        self.log = folder / "log"
+        self.log.write_text("a line\n")
+        self.image = folder / "volume"
+        self.image.write_bytes(bytes(range(256)) * (VOLUME_BYTES // 256))
+        self.images = folder / "images"
+        self.frozen = self.disconnected = self.fs_frozen = self.killed = self.removed = self.criu_holds = False
+        self.guarded = False
+        self._world = world
+        self._call = calls
+        self._live = state == LIVE
+        self._update()
+
+    @property
+    def volumes(self) -> Sequence[LeavingVolume]:
+        return [LeavingVolume(self.image, VOLUME_BYTES, self.image if self._live else None, None)]
+
+    def stdio(self) -> Sequence[str]:
+        return ["pipe:[1]"] * 3 if self._live else []
+
+    def objections(self) -> Sequence[peer_pb2.Objection]:
+        with self._call("source.objections"):
+            return []
+
+    @contextmanager
+    def track_writes(self, volume: LeavingVolume) -> Iterator[FakeTracker]:
+        with self._call("source.track"):
+            pass
+        yield FakeTracker()
+        with self._call("source.untrack"):
+            pass
+
+    @contextmanager
+    def prepare_checkpoint(self) -> Iterator["FakeLeaving"]:
+        with self._call("source.checkpoint"):
+            pass
+        self.images.mkdir()
+        try:
+            yield self
+        finally:
+            # CRIU waits in a frozen file system, so the way back has to have thawed it.
+            assert self.killed or not (self.criu_holds and self.fs_frozen), "CRIU would hang in a frozen file system"
+            self.criu_holds = False
+            for image in self.images.iterdir():
+                image.unlink()
+            self.images.rmdir()
+            with self._call("source.end of CRIU"):
+                pass
+
+    def dump(self) -> None:
+        with self._call("source.dump"):
+            assert self.frozen
+            self.criu_holds = True
+            (self.images / "core-1.img").write_bytes(b"core" * 100)
+
+    @contextmanager
+    def guard(self, migration: str) -> Iterator[None]:
+        with self._call("source.guard"):
+            pass
+        self.guarded = True
+        try:
+            yield
+        finally:
+            self.guarded = False
+            with self._call("source.stand down"):
+                pass
+
+    def freeze(self) -> None:
+        with self._call("source.freeze"):
+            self.frozen = True
+            self._update()
+
+    def disconnect(self) -> None:
+        with self._call("source.disconnect"):
+            self.disconnected = True
+
+    @contextmanager
+    def volumes_ready(self) -> Iterator[None]:
+        with self._call("source.volumes ready"):
+            pass
+        yield
+        with self._call("source.volumes not ready"):
+            pass
+
+    def freeze_volumes(self) -> None:
+        with self._call("source.freeze volumes"):
+            self.fs_frozen = True
+
+    def thaw_volumes(self) -> None:
+        with self._call("source.thaw volumes"):
+            self.fs_frozen = False
+
+    def resume(self) -> None:
+        with self._call("source.resume"):
+            self.frozen = self.disconnected = self.fs_frozen = False
+            self._update()
+
+    def has_ended(self) -> bool:
+        return False
+
+    def kill(self) -> None:
+        with self._call("source.kill"):
+            self.killed = True
+            self._update()
+
+    def remove(self) -> None:
+        with self._call("source.remove"):
+            self.killed = self.removed = True
+            self.frozen = self.disconnected = self.fs_frozen = False
+            self._update()
+
+    def is_as_before(self) -> bool:
+        """Untouched, as far as anybody can see."""
+        return not (
+            self.frozen or self.disconnected or self.fs_frozen or self.killed or self.criu_holds or self.guarded
+        )
+
+    def _update(self) -> None:
+        self._world.source_runs = self._live and not (self.frozen or self.killed)
+        self._world.check()
+
+
+class FakeReservation:
+    """A container on its way in (`migrator.ports.Reservation`); `left` is what exists of it."""
+
+    def __init__(self, folder: Path, world: World, calls: Calls, live: bool) -> None:
+        self._folder = folder
+        self._world = world
+        self._call = calls
+        self._live = live
+        self.left: set[str] = set()
+        self.owned = False
+
+    def reserve(self) -> None:
+        with self._call("destination.reserve"):
+            pass
+        self._folder.mkdir()
+        self.images.mkdir()
+        with self.volumes[0].open("wb") as file:
+            file.truncate(VOLUME_BYTES)
+        self.left |= {"name", "volume", "network"}
+
+    @property
+    def volumes(self) -> Sequence[Path]:
+        return [self._folder / "volume"]
+
+    @property
+    def images(self) -> Path:
+        return self._folder / "images"
+
+    @property
+    def log(self) -> Path:
+        return self._folder / "log"
+
+    def warm_up(self) -> None:
+        with self._call("destination.warm up"):
+            self.left.add("runc")
+
+    def hold_traffic(self) -> None:
+        with self._call("destination.hold traffic"):
+            self.left.add("tap")
+
+    def mount(self) -> None:
+        with self._call("destination.mount"):
+            self.left.add("mount")
+
+    def restore(self) -> Mapping[str, float]:
+        with self._call("destination.restore"):
+            assert "mount" in self.left
+            self.left.add("held")
+        return {"restore": 1.0}
+
+    def is_held(self) -> bool:
+        return "held" in self.left
+
+    def run(self) -> Mapping[str, float]:
+        with self._call("destination.run"):
+            assert not self._live or self.is_held() or self._world.destination_runs
+            self.left.discard("held")
+            self._world.destination_runs = self._live
+            self._world.check()
+        return {"resume": 1.0}
+
+    def settle(self) -> None:
+        with self._call("destination.settle"):
+            self.owned = True
+            self.left.clear()
+
+    def discard(self) -> None:
+        with self._call("destination.discard"):
+            assert not self._world.destination_runs, "a container that runs was discarded"
+            self.left.clear()
+
+    def reboot(self) -> None:
+        """Processes and mounts are gone; files are there."""
+        self.left -= {"held", "runc", "tap", "mount"}
+
+
+class FakeArrivalHost:
+    """A destination (`migrator.ports.ArrivalHost`)."""
+
+    def __init__(self, folder: Path, world: World, calls: Calls) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._world = world
+        self._call = calls
+        self._numbers = itertools.count()
+        self._states: dict[str, container_pb2.ContainerState] = {}
+        self.reservations: dict[str, FakeReservation] = {}
+
+    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+        return peer_pb2.ExamineResponse(host="b", last_epoch=3)
+
+    def reserve(self, request: peer_pb2.PrepareRequest) -> FakeReservation:
+        folder = self._folder / str(next(self._numbers))
+        made = FakeReservation(folder, self._world, self._call, request.state == LIVE)
+        made.reserve()
+        self._states[request.migration] = request.state
+        self.reservations[request.migration] = made
+        return made
+
+    def reserved(self, migration: str, container: str) -> tuple[FakeReservation, "container_pb2.ContainerState"]:
+        nothing = FakeReservation(self._folder / "nothing", self._world, self._call, live=False)
+        state = self._states.get(migration, container_pb2.CONTAINER_STATE_STOPPED)
+        return self.reservations.get(migration, nothing), state
+
+    def left(self) -> set[str]:
+        return set().union(*(made.left for made in self.reservations.values()))
+
+
+class LoopbackPeer:
+    """The destination in the same process (`migrator.ports.Peer`). A fault before is a lost question, one after a lost
+    answer; while `reachable` is False nothing gets through."""
+
+    def __init__(self, host: str, arrival_host: FakeArrivalHost, arrivals: Arrivals, calls: Calls) -> None:
+        self.host = host
+        self.reachable = True
+        self.arrivals = arrivals
+        self._arrival_host = arrival_host
+        self._call = calls
+        self._check: Callable[[], None] = lambda: None
+
+    def watch(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    @contextmanager
+    def _wire(self, name: str) -> Iterator[None]:
+        if not self.reachable:
+            raise Unreachable("the link is cut")
+        if name != "decide":
+            self._check()
+        with self._call(f"peer.{name}"):
+            yield
+
+    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+        with self._wire("examine"):
+            return self._arrival_host.examine(request)
+
+    def prepare(self, request: peer_pb2.PrepareRequest) -> None:
+        with self._wire("prepare"):
+            self.arrivals.prepare("a", request)
+
+    def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
+        with self._wire("send"):
+            first = next(requests, None)
+            if first is not None:
+                self.arrivals.get("a", first.migration, first.epoch).send(self._pieces(requests), first)
+
+    def _pieces(self, requests: Iterator[peer_pb2.SendRequest]) -> Iterator[peer_pb2.SendRequest]:
+        for request in requests:
+            with self._wire("piece"):
+                yield request
+
+    def hold_traffic(self, migration: str, epoch: int) -> None:
+        with self._wire("hold traffic"):
+            self.arrivals.get("a", migration, epoch).hold_traffic()
+
+    def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
+        with self._wire("restore"):
+            steps = self.arrivals.get("a", migration, epoch).restore(digests)
+        return [peer_pb2.TimedStep(name=name, duration_ms=ms) for name, ms in steps.items()]
+
+    def decide(self, migration: str, epoch: int, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
+        with self._wire("decide"):
+            request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
+            return self.arrivals.decide("a", request)
+
+
+class FaultyOutgoings:
+    """The source's records, whose steps may fail before or after they are durable."""
+
+    def __init__(self, journal: Outgoings, calls: Calls) -> None:
+        self._journal = journal
+        self._call = calls
+
+    def begin(self, migration: str, container: str, destination: str, above: int) -> Outgoing:
+        with self._call("journal a.begin"):
+            return self._journal.begin(migration, container, destination, above)
+
+    def get(self, migration: str) -> Outgoing | None:
+        return self._journal.get(migration)
+
+    def release(self, migration: str) -> Outgoing:
+        with self._call("journal a.release"):
+            return self._journal.release(migration)
+
+    def abort(self, migration: str) -> Outgoing:
+        with self._call("journal a.abort"):
+            return self._journal.abort(migration)
+
+    def hear(self, migration: str, answer: Stage) -> Outgoing:
+        with self._call("journal a.hear"):
+            return self._journal.hear(migration, answer)
+
+    def finish(self, migration: str) -> None:
+        with self._call("journal a.finish"):
+            self._journal.finish(migration)
+
+
+class FaultyIncomings:
+    """The destination's records, likewise."""
+
+    def __init__(self, journal: Incomings, calls: Calls) -> None:
+        self._journal = journal
+        self._call = calls
+
+    def begin(self, migration: str, container: str, source: str, epoch: int) -> Incoming:
+        with self._call("journal b.begin"):
+            return self._journal.begin(migration, container, source, epoch)
+
+    def get(self, migration: str) -> Incoming | None:
+        return self._journal.get(migration)
+
+    def unfinished(self) -> list[Incoming]:
+        return self._journal.unfinished()
+
+    def make_ready(self, migration: str) -> Incoming:
+        with self._call("journal b.ready"):
+            return self._journal.make_ready(migration)
+
+    def own(self, migration: str) -> Incoming:
+        with self._call("journal b.own"):
+            return self._journal.own(migration)
+
+    def refuse(self, migration: str) -> Incoming:
+        with self._call("journal b.refuse"):
+            return self._journal.refuse(migration)
+
+    def finish(self, migration: str) -> None:
+        with self._call("journal b.finish"):
+            self._journal.finish(migration)
+
+
+def recovered(error: Any) -> MigratorError:
+    """What a caller over the wire sees of a failure at the other end."""
+    return error if isinstance(error, MigratorError) else ExecutionError(str(error))
