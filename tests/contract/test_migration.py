@@ -6,7 +6,7 @@ finished. The same for either agent dying at every call, and for a link that is 
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -227,39 +227,42 @@ def test_destination_dies_at_every_call(
         with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
             pair.calls.fault = fault
             monkeypatch.setattr(source, "ANSWER_PATIENCE_S", 0.0)
-
-            class Dying(Exception):
-                pass
-
-            original = pair.peer._wire
-
-            @contextmanager
-            def wire(call: str, pair: Pair = pair, original: Callable = original) -> Iterator[None]:  # type: ignore[type-arg]
-                if pair.calls.struck and pair.peer.reachable and not restarted:
-                    if call == "decide" and silence:
-                        silence.pop()
-                        raise Unreachable("it is dead")
-                    restarted.append(True)
-                    pair.calls.fault = None
-                    if reboot:
-                        for made in pair.host.reservations.values():
-                            made.reboot()
-                    pair.restart_destination()
-                with original(call):
-                    yield
-
-            restarted: list[bool] = []
-            silence = [True]
-            pair.peer._wire = wire  # type: ignore[method-assign]
+            dead = DeadForOneQuestion(pair, reboot)
+            pair.peer.intercept = dead.heard
             migration, progress = pair.migrate()
             assert pair.calls.struck, fault
-            if not restarted:
-                pair.calls.fault = None
-                pair.restart_destination()
+            dead.restart()
             pair.carry_on(migration, progress)
             for _ in range(3):
                 pair.tend()
             check(pair, fault, state)
+
+
+class DeadForOneQuestion:
+    """A destination whose agent has died by a fault, and is started again when it is asked the second time."""
+
+    def __init__(self, pair: Pair, reboot: bool) -> None:
+        self._pair = pair
+        self._reboot = reboot
+        self._asked = self._restarted = False
+
+    def heard(self, call: str) -> None:
+        if not self._pair.calls.struck or self._restarted:
+            return
+        if call == "decide" and not self._asked:
+            self._asked = True
+            raise Unreachable("it is dead")
+        self.restart()
+
+    def restart(self) -> None:
+        if self._restarted:
+            return
+        self._restarted = True
+        self._pair.calls.fault = None
+        if self._reboot:
+            for made in self._pair.host.reservations.values():
+                made.reboot()
+        self._pair.restart_destination()
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "no guard"])
@@ -316,12 +319,10 @@ def die(pair: Pair) -> tuple[str, Progress]:
         Options(),
     )
     before: dict[str, bool] = {}
-    try:
-        with remember(container, before, calls):
-            departure.run()
-    except Died:
-        pass
-    fault = calls.fault
+    words = ("frozen", "disconnected", "fs_frozen", "killed", "removed")
+    calls.at_strike = lambda: before.update({word: getattr(container, word) for word in words})
+    with suppress(Died):
+        departure.run()
     calls.fault = None
     container.__dict__.update(before)
     container.criu_holds = container.guarded = False
@@ -330,25 +331,7 @@ def die(pair: Pair) -> tuple[str, Progress]:
             image.unlink()
         container.images.rmdir()
     container._update()
-    assert fault is not None
     return name, progress
-
-
-@contextmanager
-def remember(container: FakeLeaving, into: dict[str, bool], calls: Calls) -> Iterator[None]:
-    """What the container was at the moment of the death."""
-    words = ("frozen", "disconnected", "fs_frozen", "killed", "removed")
-    strike = calls._strike
-
-    def striking(name: str, number: int, *, after: bool) -> None:
-        try:
-            strike(name, number, after=after)
-        except Died:
-            into.update({word: getattr(container, word) for word in words})
-            raise
-
-    calls._strike = striking  # type: ignore[method-assign]
-    yield
 
 
 def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,20 +341,11 @@ def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with make_pair(tmp_path / str(index), monkeypatch) as pair:
             pair.calls.fault = fault
             monkeypatch.setattr(source, "ANSWER_PATIENCE_S", 0.0)
-            tries = itertools.count()
-            original = pair.peer._wire
-
-            @contextmanager
-            def wire(call: str, pair: Pair = pair, original: Callable = original) -> Iterator[None]:  # type: ignore[type-arg]
-                if pair.calls.struck and (pair.world.source_runs or next(tries) < 3):
-                    raise Unreachable("the link is cut")
-                with original(call):
-                    yield
-
-            pair.peer._wire = wire  # type: ignore[method-assign]
+            link = CutLink(pair)
+            pair.peer.intercept = link.heard
             migration, progress = pair.migrate()
             assert pair.calls.struck, fault
-            pair.peer._wire = original  # type: ignore[method-assign]
+            link.healed = True
             pair.calls.fault = None
             pair.carry_on(migration, progress)
             for _ in range(3):
@@ -380,32 +354,49 @@ def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 next_one_works(pair, fault, LIVE)
 
 
+class CutLink:
+    """After the fault nothing gets through for some questions, or, while the source can do without, for good."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.healed = False
+        self._pair = pair
+        self._lost = 0
+
+    def heard(self, _call: str) -> None:
+        if not self._pair.calls.struck or self.healed:
+            return
+        self._lost += 1
+        if self._pair.world.source_runs or self._lost <= 3:
+            raise Unreachable("the link is cut")
+
+
 def test_cancelled_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = all_calls(tmp_path, monkeypatch, LIVE)
-    cancelled = 0
+    outcomes = []
     for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
         with make_pair(tmp_path / str(index), monkeypatch) as pair:
-            made = next(names)
-            progress = Progress(migration_pb2.Migration(name=made, container="ct", source="a", destination="b"))
-            accepted: list[bool] = []
-            strike = pair.calls._strike
+            outcomes.append(cancelled_at(pair, (name, number, after)))
+    assert outcomes.count(True) > 10
+    assert outcomes.count(False) > 10
 
-            def striking(
-                call: str, count: int, *, after: bool, wanted: tuple[str, int, bool] = (name, number, after)
-            ) -> None:
-                if (call, count, after) == wanted:
-                    accepted.append(progress.cancel())
-                strike(call, count, after=after)
 
-            pair.calls._strike = striking  # type: ignore[method-assign]
-            outgoings = FaultyOutgoings(pair.outgoings, pair.calls)
-            Departure(made, HERE, pair.container, pair.peer, outgoings, progress, Options()).run()
-            moved = check(pair, Fault(name, number, after), LIVE)
-            assert accepted == [not moved], (name, number, after)
-            if not moved:
-                cancelled += 1
-                assert progress.snapshot().exit_code == 130
-    assert cancelled > 10
+def cancelled_at(pair: Pair, moment: tuple[str, int, bool]) -> bool:
+    """Whether the cancellation was accepted; then it has to be true, and else the container has to move."""
+    made = next(names)
+    progress = Progress(migration_pb2.Migration(name=made, container="ct", source="a", destination="b"))
+    accepted: list[bool] = []
+
+    def witness(*call: object) -> None:
+        if call == moment:
+            accepted.append(progress.cancel())
+
+    pair.calls.witness = witness
+    outgoings = FaultyOutgoings(pair.outgoings, pair.calls)
+    Departure(made, HERE, pair.container, pair.peer, outgoings, progress, Options()).run()
+    moved = check(pair, moment, LIVE)
+    assert accepted == [not moved], moment
+    assert moved or progress.snapshot().exit_code == 130
+    return not moved
 
 
 def test_source_gone_for_good_before_ready(pair: Pair) -> None:

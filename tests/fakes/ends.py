@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from agent.journal import Incomings, Outgoings
 from blockdev.extents import Range
 from migrator.destination import Arrivals
-from migrator.errors import ExecutionError, MigratorError, Unreachable
+from migrator.errors import ExecutionError, Unreachable
 from migrator.handover import Incoming, Outgoing, Stage
 from migrator.ports import LeavingVolume
 from migrator.v1 import container_pb2, peer_pb2
@@ -49,6 +48,9 @@ class Calls:
     fault: Fault | None = None
     seen: list[tuple[str, int]] = field(default_factory=list)
     struck: bool = False
+    # Told of each moment: the call, its number, and whether it has had its effect.
+    witness: Callable[[str, int, bool], None] = lambda *_: None
+    at_strike: Callable[[], None] = lambda: None
     _counts: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
@@ -61,11 +63,13 @@ class Calls:
         self._strike(name, number, after=True)
 
     def _strike(self, name: str, number: int, *, after: bool) -> None:
+        self.witness(name, number, after)
         fault = self.fault
         if fault is None or fault.call != name or fault.after != after:
             return
         if number == fault.number or (fault.lasting and number > fault.number):
             self.struck = True
+            self.at_strike()
             raise fault.error(f"{fault} as asked for")
 
 
@@ -215,9 +219,8 @@ class FakeLeaving:
 
     def is_as_before(self) -> bool:
         """Untouched, as far as anybody can see."""
-        return not (
-            self.frozen or self.disconnected or self.fs_frozen or self.killed or self.criu_holds or self.guarded
-        )
+        stopped = self.frozen or self.disconnected or self.fs_frozen or self.killed
+        return not (stopped or self.criu_holds or self.guarded)
 
     def _update(self) -> None:
         self._world.source_runs = self._live and not (self.frozen or self.killed)
@@ -334,7 +337,7 @@ class FakeArrivalHost:
 
 class LoopbackPeer:
     """The destination in the same process (`migrator.ports.Peer`). A fault before is a lost question, one after a lost
-    answer; while `reachable` is False nothing gets through."""
+    answer; while `reachable` is False nothing gets through. `intercept` is told of each call, and may raise."""
 
     def __init__(self, host: str, arrival_host: FakeArrivalHost, arrivals: Arrivals, calls: Calls) -> None:
         self.host = host
@@ -342,6 +345,7 @@ class LoopbackPeer:
         self.arrivals = arrivals
         self._arrival_host = arrival_host
         self._call = calls
+        self.intercept: Callable[[str], None] = lambda _: None
         self._check: Callable[[], None] = lambda: None
 
     def watch(self, check: Callable[[], None]) -> None:
@@ -349,6 +353,7 @@ class LoopbackPeer:
 
     @contextmanager
     def _wire(self, name: str) -> Iterator[None]:
+        self.intercept(name)
         if not self.reachable:
             raise Unreachable("the link is cut")
         if name != "decide":
@@ -453,8 +458,3 @@ class FaultyIncomings:
     def finish(self, migration: str) -> None:
         with self._call("journal b.finish"):
             self._journal.finish(migration)
-
-
-def recovered(error: Any) -> MigratorError:
-    """What a caller over the wire sees of a failure at the other end."""
-    return error if isinstance(error, MigratorError) else ExecutionError(str(error))
