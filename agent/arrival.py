@@ -20,13 +20,14 @@ from agent.restore import HeldRestore
 from agent.rootfs import User
 from agent.runtime import Launch, Restore, find_program
 from agent.specs import check_arrival
-from migrator.errors import ExecutionError
+from migrator.errors import ExecutionError, NotFound
 from migrator.hold import TrafficHold
 from migrator.source import FEATURES, Here
 from migrator.v1 import container_pb2, peer_pb2
 
 REQUEST = "arrival.pb"
 RESTORE_LOG = "restore.log"
+LAUNCH_TIMEOUT_S = 30.0
 
 log = structlog.get_logger()
 
@@ -130,7 +131,7 @@ class Arriving:
 
     def run(self) -> Mapping[str, float]:
         """The tasks run, connected, and have got what was held for them."""
-        if not self._state.is_live:
+        if not self._state.is_live or self._is_settled() or self._is_lost():
             return {}
         began = time.monotonic()
         # Before the tasks run: the first thing that a task sends, an ARP request, would be lost and repeated after 1 s.
@@ -149,20 +150,52 @@ class Arriving:
 
     def settle(self) -> None:
         """The container is this host's own."""
-        if self._launch is not None:
-            self._launch.result()
-        self._managers.containers.adopt(
-            self._name,
-            self._state,
-            create_time_ms=self._request.create_time_ms,
-            start_time_ms=self._request.start_time_ms,
-        )
-        if self._state.is_live:
-            self._managers.assembly.publish(self._name, self._spec)
+        launch, self._launch = self._launch, None
+        if launch is not None:
+            launch.result()
+        elif self._state.is_live:
+            self._await_launched()
+        if not self._is_settled():
+            state = self._state
+            if state.is_live and self._is_lost():
+                # A reboot, say, after the handover and before this: as any container whose host was rebooted.
+                log.error("the container ended before it was this host's own", container=self._name)
+                self._managers.runtime.delete(self._name)
+                state = State.STOPPED
+            self._managers.containers.adopt(
+                self._name,
+                state,
+                create_time_ms=self._request.create_time_ms,
+                start_time_ms=self._request.start_time_ms,
+            )
+            if state.is_live:
+                self._managers.assembly.publish(self._name, self._spec)
         self._clean_up()
+
+    def _is_settled(self) -> bool:
+        """Whether the container is this host's own already."""
+        return self._managers.containers.record(self._name).state is not State.ARRIVING
+
+    def _is_lost(self) -> bool:
+        """Whether there is nothing any more that runs or waits to run."""
+        return not (self.is_held() or self._managers.runtime.has_conmon(self._name))
+
+    def _await_launched(self) -> None:
+        """As `Launch.result`, for a restore that an earlier life of the agent began."""
+        runtime = self._managers.runtime
+        deadline = time.monotonic() + LAUNCH_TIMEOUT_S
+        while runtime.has_conmon(self._name) and runtime.launched(self._name) is None:
+            if time.monotonic() > deadline:
+                raise ExecutionError(f"runc has not finished restoring {self._name} within {LAUNCH_TIMEOUT_S:g} s")
+            time.sleep(0.01)
 
     def discard(self) -> None:
         """Nothing of it is here on return."""
+        try:
+            if self._is_settled():
+                return  # it was discarded before, and the name is another container's by now
+        except NotFound:
+            pass  # discarded in part
         self._restore.give_up()
         self._close()
         self._managers.runtime.delete(self._name)

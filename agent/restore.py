@@ -13,11 +13,12 @@ import json
 import os
 import select
 import shlex
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.processes import command
+from agent.processes import Process, command
 from agent.runtime import Launch
 from migrator.criu import last_errors
 from migrator.errors import ExecutionError
@@ -31,6 +32,7 @@ _STAND_IN = """\
 #!/bin/sh
 cd {folder} || exit 1
 if mkdir asked 2>/dev/null; then
+    echo $$ >asked/pid
     {criu} "$@"
     status=$?
     echo warm >said
@@ -114,11 +116,15 @@ class HeldRestore:
 
     def is_held(self) -> bool:
         """Whether the script waits for its verdict, also one that an earlier agent has started."""
+        return self._process("hook.pid", "hook") is not None
+
+    def _process(self, pid_file: str, script: str) -> Process | None:
+        """The process that has noted its pid there, if it still runs that script."""
         try:
-            pid = int((self._folder / "hook.pid").read_text())
+            pid = int((self._folder / pid_file).read_text())
         except (FileNotFoundError, ValueError):
-            return False
-        return str(self._folder / "hook") in command(pid)
+            return None
+        return Process.find(pid) if str(self._folder / script) in command(pid) else None
 
     def resume(self, launch: Launch | None) -> None:
         """Let the tasks go on; returns when their sockets are back, just before the first of them runs."""
@@ -132,9 +138,13 @@ class HeldRestore:
         self._wait("running", launch, RUN_TIMEOUT_S)
 
     def give_up(self) -> None:
-        """Have whoever waits end without running anything."""
+        """Have whoever waits end without running anything. Repeatable."""
         for name in ("go", "verdict"):
             _tell(self._folder / name, "give-up", must_be_heard=False)
+        # The stand-in may not have come as far as to listen.
+        stand_in = self._process("asked/pid", "programs/criu")
+        if stand_in is not None:
+            stand_in.signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Close the pipe; the folder stays."""

@@ -193,6 +193,11 @@ class Runtime:
         init, conmon = (None if pid is None else Process.find(pid) for pid in pids)
         return Launched(init, conmon) if init and conmon else None
 
+    def has_conmon(self, name: str) -> bool:
+        """Whether the container's conmon lives, which it does from `launch` until the container has ended."""
+        conmon = _read_pid(self.paths(name).conmon_pid)
+        return conmon is not None and self._is_conmon(conmon, name) and Process.find(conmon) is not None
+
     def start(self, name: str) -> None:
         """Let a created container run."""
         self.runc(name, "start", name)
