@@ -10,8 +10,11 @@ import os
 import platform
 import re
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
+
+from blockdev.errors import BlockError
 
 _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 _MAP_CREATE, _PROG_LOAD = 0, 5
@@ -23,10 +26,11 @@ _FD_CLOEXEC = 8
 # Opcodes, named by what they do.
 LOAD8, LOAD32, LOAD64, LOAD_IMMEDIATE64 = 0x71, 0x61, 0x79, 0x18
 STORE8_IMMEDIATE = 0x72
-SET, SET_IMMEDIATE, ADD, ADD_IMMEDIATE, SHIFT_RIGHT_IMMEDIATE = 0xBF, 0xB7, 0x0F, 0x07, 0x77
+SET, SET_IMMEDIATE, ADD, ADD_IMMEDIATE, SUBTRACT = 0xBF, 0xB7, 0x0F, 0x07, 0x1F
+SHIFT_LEFT_IMMEDIATE, SHIFT_RIGHT_IMMEDIATE = 0x67, 0x77
 JUMP_EQUAL_IMMEDIATE, JUMP_NOT_EQUAL_IMMEDIATE, JUMP_AT_LEAST, JUMP_AT_LEAST_IMMEDIATE = 0x15, 0x56, 0x3D, 0x35
-JUMP_BELOW_IMMEDIATE, EXIT = 0xA5, 0x95
-_MAP_FD = 1  # source register of LOAD_IMMEDIATE64: the value of a map, with an offset
+JUMP_BELOW_IMMEDIATE, JUMP_AT_MOST_IMMEDIATE, EXIT = 0xA5, 0xB5, 0x95
+_MAP_VALUE = 2  # source register of LOAD_IMMEDIATE64: the address of a map's value, with an offset into it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,10 +51,14 @@ class Assembler:
             self._jumps[len(self._code)] = to
         self._code.append(struct.pack("<BBhi", opcode, source << 4 | target, offset, value))
 
-    def map_value(self, target: int, map_descriptor: int) -> None:
-        """The address of the first value of an array map."""
-        self.emit(LOAD_IMMEDIATE64, target, 2, value=map_descriptor)
-        self.emit(0)
+    def here(self) -> int:
+        """The number of the next instruction."""
+        return len(self._code)
+
+    def map_value(self, target: int, map_descriptor: int, offset: int = 0) -> None:
+        """The address of a byte in the first value of an array map."""
+        self.emit(LOAD_IMMEDIATE64, target, _MAP_VALUE, value=map_descriptor)
+        self.emit(0, value=offset)
 
     def label(self, name: str) -> None:
         """The place of the next instruction."""
@@ -65,12 +73,17 @@ class Assembler:
 
 
 class ByteMap:
-    """An array map of bytes that this process and BPF programs share."""
+    """An array map of bytes that this process and BPF programs share. Raises OSError, E2BIG for more than 4 MiB on
+    kernels that allow a value no more than kmalloc gives."""
 
     def __init__(self, length: int) -> None:
         self.length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         self.descriptor = _bpf(_MAP_CREATE, struct.pack("=5I", _ARRAY_MAP, 4, self.length, 1, _MMAPABLE) + bytes(28))
-        self.bytes = mmap.mmap(self.descriptor, self.length)
+        try:
+            self.bytes = mmap.mmap(self.descriptor, self.length)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
 
     def close(self) -> None:
         """The kernel frees it when no program uses it any more."""
@@ -79,7 +92,7 @@ class ByteMap:
 
 
 class TracepointProgram:
-    """A program on a tracepoint, from now until `close`."""
+    """A program on a tracepoint, from now until `close`. Raises OSError, and BlockError on kernels before 5.12."""
 
     def __init__(self, tracepoint: str, code: bytes) -> None:
         text, license_ = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
@@ -87,22 +100,24 @@ class TracepointProgram:
             "=IIQQIIQII", _TRACEPOINT_PROGRAM, len(code) // 8, ctypes.addressof(text), ctypes.addressof(license_),
             0, 0, 0, 0, 0,
         )  # fmt: skip
-        self._program = _bpf(_PROG_LOAD, attributes)
-        try:
+        with ExitStack() as undo:
+            self._program = _bpf(_PROG_LOAD, attributes)
+            undo.callback(os.close, self._program)
+            self.missed()
             self._event = _perf_event(int((_events() / tracepoint / "id").read_text()))
+            undo.callback(os.close, self._event)
             fcntl.ioctl(self._event, _PERF_SET_BPF, self._program)
             fcntl.ioctl(self._event, _PERF_ENABLE, 0)
-        except BaseException:
-            os.close(self._program)
-            raise
+            undo.pop_all()
 
     def missed(self) -> int:
-        """Events that found the processor inside another BPF program and were skipped (recursion_misses)."""
+        """Events that found the processor inside another BPF program and were skipped. Raises BlockError where the
+        kernel does not count them."""
         for line in Path(f"/proc/self/fdinfo/{self._program}").read_text().splitlines():
             name, _, value = line.partition(":")
-            if name == "recursion_misses":  # Linux 5.12
+            if name == "recursion_misses":
                 return int(value)
-        return 0
+        raise BlockError("this kernel does not count what a BPF program misses (recursion_misses): it takes Linux 5.12")
 
     def close(self) -> None:
         """Detach and unload."""

@@ -3,12 +3,11 @@
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, order=True)
-class Range:
-    """Bytes from start up to and without end."""
+class Range(NamedTuple):
+    """Bytes from start up to and without end. A tuple because there are many thousands of them inside a freeze."""
 
     start: int
     end: int
