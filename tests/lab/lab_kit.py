@@ -15,6 +15,8 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = str(CHECKOUT / "scripts/lab")
+PROGRAMS = CHECKOUT / "tests/lab/programs"
+CLIENT = ("python3", str(PROGRAMS / "client.py"))
 STATE = Path("/var/lib/migrator-lab")
 CGROUPS = Path("/sys/fs/cgroup")
 HOSTS = ("host-a", "host-b")
@@ -112,6 +114,44 @@ class Lab:
         interactive = [] if stdin is None else ["-i"]
         return self.ok(host, "migrator", "exec", *interactive, container, "--", *command, stdin=stdin)
 
+    def start_workload(self, host: str, name: str, feature: str, address: str, *options: str) -> None:
+        """A container that runs programs/workload.py, and answers."""
+        self.image(host, "tools", "nginx-light", "python3")
+        wait = "until test -e /workload.ready; do sleep 0.02; done; exec python3 /workload.py " + feature
+        self.start(host, name, "tools", "--ip", f"{address}/16", *options, command=["sh", "-c", wait])
+        push = "cat >/workload.py && touch /workload.ready"
+        self.exec(host, name, "sh", "-c", push, stdin=(PROGRAMS / "workload.py").read_text())
+        done = ["sh", "-c", f"until python3 {PROGRAMS}/client.py ask {address} 7000 facts; do sleep 0.1; done"]
+        self.client_ok("timeout", "20", *done)
+
+    def ask(self, address: str, word: str = "facts") -> dict[str, Any]:
+        """What a workload answers to the client."""
+        answer: dict[str, Any] = json.loads(self.client_ok(*CLIENT, "ask", address, "7000", word))
+        return answer
+
+    @contextmanager
+    def counting(self, address: str, within_s: float = 30.0) -> Iterator[dict[str, Any]]:
+        """A client counts on one connection to a Redis during the block; afterwards the dictionary is its report."""
+        report: dict[str, Any] = {}
+        with self.background("client", *CLIENT, "count", address, "6379") as process:
+            eventually("the client counts", lambda: self.redis(address, "get", "counter") != "", within_s)
+            yield report
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+            report |= json.loads(out)
+
+    def redis(self, address: str, *command: str) -> str:
+        """What redis-cli on the client answers."""
+        return self.client_ok("redis-cli", "-h", address, *command).strip()
+
+    def start_redis(self, host: str, name: str, address: str, *options: str, bind: str = "0.0.0.0") -> None:
+        """A container with a Redis that answers."""
+        self.image(host, "redis", "redis-server")
+        server = ["redis-server", "--bind", *bind.split(), "--protected-mode", "no", "--enable-debug-command", "yes"]
+        self.start(host, name, "redis", "--ip", f"{address}/16", *options, command=server)
+        eventually("redis answers", lambda: "PONG" in self.client("redis-cli", "-h", address, "ping").stdout)
+
     def ps(self, host: str) -> dict[str, dict[str, Any]]:
         """`migrator ps -o json`, by container."""
         return {row["name"]: row for row in json.loads(self.ok(host, "migrator", "ps", "-o", "json"))}
@@ -123,7 +163,7 @@ class Lab:
     def try_migrate(self, container: str, source: str, destination: str, *options: str) -> tuple[int, dict[str, Any]]:
         """Exit code and the object of `migrate -o json`; empty where it wrote none."""
         done = self.run(source, "migrate", container, destination, *options, "-o", "json")
-        return done.returncode, json.loads(done.stdout or done.stderr or "{}")
+        return done.returncode, json.loads(done.stdout or "{}")
 
     def migrate(self, container: str, source: str, destination: str, *options: str) -> dict[str, Any]:
         """The object of a migration that must succeed."""

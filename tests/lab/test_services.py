@@ -1,0 +1,165 @@
+"""Services that move under their clients: Redis, PostgreSQL, nginx; and how long their clients wait."""
+
+import hashlib
+import json
+import re
+import statistics
+import time
+from itertools import pairwise
+
+import pytest
+
+from tests.lab.lab_kit import CLIENT, Lab, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.root]
+
+ROUTE = ("host-a", "host-b")
+POSTGRES = """\
+cd /var/lib/postgresql
+printf 'local all all trust\\nhost all all all trust\\n' >/tmp/hba.conf
+exec /usr/lib/postgresql/15/bin/postgres -D /var/lib/postgresql/15/main \
+    -c config_file=/etc/postgresql/15/main/postgresql.conf -c hba_file=/tmp/hba.conf -c ssl=off \
+    -c listen_addresses='*' -c unix_socket_directories=/tmp -c shared_buffers=32MB -c external_pid_file=
+"""
+NGINX = """\
+head -c 65536 /dev/urandom >/var/www/html/data
+echo 'keepalive_requests 10000000;' >/etc/nginx/conf.d/keepalive.conf
+exec nginx -g 'daemon off;'
+"""
+
+
+def back_and_forth(moves: int) -> list[tuple[str, str]]:
+    """Source and destination of each move, beginning at host-a."""
+    return list(pairwise(ROUTE[number % 2] for number in range(moves + 1)))
+
+
+def test_redis_ten_moves(lab: Lab) -> None:
+    """One connection counts through ten moves; keys and files are there; each move leaves nothing where it was."""
+    address = "10.77.2.101"
+    lab.start_redis("host-a", "ct101", address, "--disk", "1GiB", "--memory", "512MiB")
+    lab.redis(address, "debug", "populate", "100000", "key", "100")
+    keys = lab.redis(address, "debug", "digest")
+    text = ""
+    with lab.counting(address) as report:
+        for number, (source, destination) in enumerate(back_and_forth(10)):
+            text += f"move {number}\n"
+            lab.exec(source, "ct101", "sh", "-c", f"echo move {number} >>/root/moves")
+            lab.migrate("ct101", source, destination)
+            assert lab.exec(destination, "ct101", "cat", "/root/moves") == text
+            assert lab.where("ct101") == [destination]
+            left = lab.clean(source)
+            assert not left, f"left at {source} after move {number}: {left}"
+    assert report["wrong"] == []
+    assert report["same_connection"]
+    assert report["answers"] == int(lab.redis(address, "get", "counter"))
+    lab.redis(address, "del", "counter")
+    assert lab.redis(address, "dbsize") == "100000"
+    assert lab.redis(address, "debug", "digest") == keys
+
+
+def test_pause_of_an_idle_container(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the median; the bound is only there to notice what hangs."""
+    address = "10.77.2.102"
+    lab.start_redis("host-a", "idle", address, "--disk", "1GiB")
+    windows: list[tuple[float, float]] = []
+    reports = []
+    with lab.counting(address) as client:
+        for source, destination in back_and_forth(10):
+            began = time.monotonic()
+            reports.append(lab.migrate("idle", source, destination))
+            windows.append((began, time.monotonic()))
+    assert client["wrong"] == []
+    pauses = [
+        max((length * 1000 for start, length in client["pauses"] if began <= start < ended), default=0.0)
+        for began, ended in windows
+    ]
+    with capsys.disabled():
+        print(f"\npause seen by the client, ms: {[round(p) for p in pauses]}, median {statistics.median(pauses):.0f}")
+        downtimes = [report["downtime_ms"] for report in reports]
+        print(f"downtime_ms reported: {[round(d) for d in downtimes]}, median {statistics.median(downtimes):.0f}")
+        print(f"memory moved: {max(report['bytes']['memory'] for report in reports) >> 20} MiB; medians by phase, ms:")
+        for index, phase in enumerate(reports[0]["phases"]):
+            of_all = [report["phases"][index] for report in reports]
+            steps = {
+                step["name"]: statistics.median(
+                    found["duration_ms"] for one in of_all for found in one["steps"] if found["name"] == step["name"]
+                )
+                for step in phase["steps"]
+            }
+            told = ", ".join(f"{name} {ms:.1f}" for name, ms in steps.items())
+            whole = statistics.median(one["duration_ms"] for one in of_all)
+            print(f"  {phase['name']:10} {whole:7.1f}  {told}")
+    assert statistics.median(pauses) < 5000
+
+
+def test_postgresql_under_pgbench(lab: Lab) -> None:
+    """Five moves under load from the client: no failed transaction, sound indexes, and books that balance."""
+    address = "10.77.2.103"
+    lab.image("host-a", "postgresql", "postgresql")
+    lab.start(
+        "host-a", "db", "postgresql", "--disk", "2GiB", "--ip", f"{address}/16", "--user", "postgres",
+        command=["sh", "-c", POSTGRES],
+    )  # fmt: skip
+
+    def psql(statement: str) -> str:
+        return lab.client_ok("psql", "-h", address, "-U", "postgres", "-AtX", "-c", statement).strip()
+
+    ready = ["pg_isready", "-q", "-h", address]
+    eventually("PostgreSQL is ready", lambda: lab.client(*ready).returncode == 0, 30)
+    as_user = ["-h", address, "-U", "postgres"]
+    lab.client_ok("pgbench", *as_user, "-i", "-q", "-s", "2", "postgres")
+    load = ["pgbench", *as_user, "-c", "4", "-T", "25", "postgres"]
+    with lab.background("client", *load) as pgbench:
+        for source, destination in back_and_forth(5):
+            lab.migrate("db", source, destination)
+            assert pgbench.poll() is None, "pgbench ended before the last move: give it more time, or see its errors"
+        out, err = pgbench.communicate(timeout=90)
+    assert pgbench.returncode == 0, err
+    assert "number of failed transactions: 0 " in out, out
+    assert not re.search(r"error|abort|fatal|closed", err, re.IGNORECASE), err
+    assert lab.where("db") == ["host-b"]
+    done = re.search(r"transactions actually processed: (\d+)", out)
+    assert done
+    assert psql("SELECT count(*) FROM pgbench_history") == done[1]
+    sums = [
+        psql(f"SELECT sum({column}) FROM pgbench_{table}")
+        for table, column in (
+            ("accounts", "abalance"), ("tellers", "tbalance"), ("branches", "bbalance"), ("history", "delta"),
+        )
+    ]  # fmt: skip
+    assert len(set(sums)) == 1, sums
+    psql("CREATE EXTENSION amcheck")
+    indexes = "FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relkind = 'i' AND c.relam = 403"
+    checked = int(psql(f"SELECT count(bt_index_check(c.oid, i.indisunique IS NOT NULL)) {indexes}"))
+    assert checked == int(psql(f"SELECT count(*) {indexes}")) > 100
+    psql("CHECKPOINT")
+    log = lab.run("host-b", "migrator", "logs", "db")
+    assert "PANIC" not in log.stderr + log.stdout
+
+
+def test_nginx_with_keep_alive_clients(lab: Lab) -> None:
+    """Twenty connections stay open through two moves, and each answer is right."""
+    address = "10.77.2.104"
+    lab.image("host-a", "tools", "nginx-light", "python3")
+    lab.start("host-a", "web", "tools", "--ip", f"{address}/16", command=["sh", "-c", NGINX])
+
+    def answers() -> bool:
+        return (
+            lab.client("python3", "-c", f"import urllib.request as u; u.urlopen('http://{address}/data')").returncode
+            == 0
+        )
+
+    eventually("nginx answers", answers)
+    digest = lab.exec("host-a", "web", "sha256sum", "/var/www/html/data").split()[0]
+    assert len(digest) == hashlib.sha256().digest_size * 2
+    with lab.background("client", *CLIENT, "web", address, "80", "20", digest) as client:
+        for source, destination in back_and_forth(2):
+            lab.migrate("web", source, destination)
+        assert client.poll() is None
+        client.terminate()
+        out, err = client.communicate(timeout=60)
+    assert client.returncode == 0, err
+    report = json.loads(out)
+    assert report["wrong"] == 0
+    assert report["kept"] == 20
+    assert report["answers"] > 100
