@@ -83,7 +83,9 @@ class Arriving:
     def _prepare_restore(self) -> None:
         freeze = ":"
         if self._state is State.PAUSED:
-            freeze = self._managers.runtime.cgroup(self._name).freeze_command()
+            # CRIU and its hook are in the container's group, too.
+            runtime = self._managers.runtime
+            freeze = runtime.cgroup(self._name).freeze_command(runtime.monitors)
         self._restore.prepare(find_program("criu"), self._request.stdio, freeze)
         config = oci.config(
             self._name,

@@ -134,10 +134,12 @@ class Cgroup:
                 return "THAWED"
             raise
 
-    def freeze_command(self) -> str:
-        """A shell command that begins to freeze the group, once it is there."""
+    def freeze_command(self, outside: "Cgroup") -> str:
+        """Shell commands that begin to freeze the group around a script and its parent, which move `outside` first."""
         name, value = self._switch(frozen=True)
-        return f"echo {value} >{shlex.quote(str(self.freezer / name))}"
+        refuge = shlex.quote(str(outside.freezer))
+        leave = f"mkdir -p {refuge}; for pid in $PPID $$; do echo $pid >{refuge}/cgroup.procs; done"
+        return f"{leave}; echo {value} >{shlex.quote(str(self.freezer / name))}"
 
     def _switch(self, *, frozen: bool) -> tuple[str, str]:
         """The freezer's file and what to write there."""

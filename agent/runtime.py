@@ -125,6 +125,11 @@ class Runtime:
     def cgroup(self, name: str) -> Cgroup:
         return Cgroup(f"/{self._cgroup_parent}/{name}")
 
+    @property
+    def monitors(self) -> Cgroup:
+        """Where the containers' conmons are. Container names begin with a letter or digit: this one cannot be taken."""
+        return Cgroup(f"/{self._cgroup_parent}/_conmon")
+
     def environment(self) -> dict[str, str]:
         """What children get: our own CRIU is found before any other."""
         return {"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", "LANG": "C.UTF-8"}
@@ -182,8 +187,7 @@ class Runtime:
             )
         conmon = _read_pid(paths.conmon_pid)
         if conmon is not None:
-            # Container names begin with a letter or digit: this one cannot be taken.
-            Cgroup(f"/{self._cgroup_parent}/_conmon").join(conmon)
+            self.monitors.join(conmon)
         return Launch(self, name, ours)
 
     def launched(self, name: str) -> Launched | None:
