@@ -1,9 +1,12 @@
 """Contents of volumes as pieces: read past the page cache with zeros left out, written so that holes stay holes."""
 
 import ctypes
+import itertools
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,13 @@ PIECE_BYTES = 1 << 20
 ALIGNMENT = 4096
 # Zeros are looked for in steps of this; a shorter run is sent as it is.
 ZERO_STEP_BYTES = 65536
+# Holes are looked for in ranges from this length on, which discards leave; in a shorter one it costs more than reading.
+HOLE_SEARCH_BYTES = 1 << 20
+
+# What is read in one go by one of the threads, and how many of these may be waiting.
+_BATCH_PIECES = 16
+_READERS = 2
+_AHEAD = 4
 
 _ZEROS = bytes(ZERO_STEP_BYTES)
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
@@ -36,15 +46,30 @@ def open_direct(path: Path, *, writable: bool = False) -> int:
     return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC)
 
 
-def read(descriptor: int, ranges: Iterable[Range], piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
-    """What is in the ranges, in order, in pieces of at most `piece_bytes`. Ranges are widened to whole 4096 bytes."""
+def read(
+    descriptor: int, ranges: Iterable[Range], piece_bytes: int = PIECE_BYTES, *, image: int | None = None
+) -> Iterator[Piece]:
+    """What is in the ranges, in order, in pieces of at most `piece_bytes`, except zeros, of which one may be longer.
+
+    Ranges are widened to whole 4096 bytes. With the image file under the device as `image`, holes in it are not read.
+    A few threads read ahead: nothing is read before the first piece is asked for.
+    """
     wide = extents.merge(Range(r.start // ALIGNMENT * ALIGNMENT, -(-r.end // ALIGNMENT) * ALIGNMENT) for r in ranges)
-    with mmap.mmap(-1, piece_bytes) as buffer, memoryview(buffer) as view:
-        for part in extents.pieces(wide, piece_bytes):
-            count = os.preadv(descriptor, [view[: part.length]], part.start)
-            if count <= 0:
-                return  # past the end: the last block of an image whose size is no multiple of 4096
-            yield from split_zeros(part.start, bytes(view[:count]))
+    batches = _batches(_plan(wide, piece_bytes, image), piece_bytes)
+    buffers = [mmap.mmap(-1, piece_bytes) for _ in range(_READERS)]
+    first = next(batches, [])
+    second = next(batches, None)
+    if second is None:
+        yield from _split(_read_batch(descriptor, first, buffers))
+        return
+    with ThreadPoolExecutor(_READERS, "read-ahead") as readers:
+        ahead: deque[Future[list[_Read]]] = deque()
+        for batch in itertools.chain((first, second), batches):
+            ahead.append(readers.submit(_read_batch, descriptor, batch, buffers))
+            if len(ahead) == _AHEAD:
+                yield from _split(ahead.popleft().result())
+        while ahead:
+            yield from _split(ahead.popleft().result())
 
 
 def split_zeros(offset: int, data: bytes) -> Iterator[Piece]:
@@ -69,6 +94,72 @@ def write(descriptor: int, piece: Piece, size_bytes: int) -> None:
     while rest:
         count = os.pwrite(descriptor, rest, at)
         at, rest = at + count, rest[count:]
+
+
+# A piece that is known to be zeros, or the bytes read at an offset.
+_Read = Piece | tuple[int, bytes]
+
+
+def _plan(ranges: Iterable[Range], piece_bytes: int, image: int | None) -> Iterator[Range | Piece]:
+    """What to read, in pieces, and between it the holes that need not be read."""
+    for part in ranges:
+        if image is None or part.length < HOLE_SEARCH_BYTES:
+            yield from extents.pieces([part], piece_bytes)
+            continue
+        at, end = part.start, min(part.end, os.fstat(image).st_size)
+        for data in extents.allocated(image, end, at):
+            start = data.start // ALIGNMENT * ALIGNMENT
+            if at < start:
+                yield Piece(at, start - at, None)
+            stop = -(-data.end // ALIGNMENT) * ALIGNMENT
+            yield from extents.pieces([Range(max(at, start), stop)], piece_bytes)
+            at = stop
+        if at < end:
+            yield Piece(at, end - at, None)
+
+
+def _batches(plan: Iterator[Range | Piece], longest_bytes: int) -> Iterator[list[Range | Piece]]:
+    """As many as one thread should read in one go: one large piece, or several small ones."""
+    batch: list[Range | Piece] = []
+    size = 0
+    for part in plan:
+        length = part.length if isinstance(part, Range) else 0
+        if batch and (size + length > longest_bytes or len(batch) == _BATCH_PIECES):
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += length
+    if batch:
+        yield batch
+
+
+def _read_batch(descriptor: int, batch: list[Range | Piece], buffers: list[mmap.mmap]) -> list[_Read]:
+    """Copied out of the buffer, which costs a twentieth of reading: what is handed out stays as it is."""
+    buffer = buffers.pop()
+    try:
+        with memoryview(buffer) as view:
+            return [part if isinstance(part, Piece) else (part.start, _fill(descriptor, part, view)) for part in batch]
+    finally:
+        buffers.append(buffer)
+
+
+def _fill(descriptor: int, part: Range, view: memoryview) -> bytes:
+    """The bytes of a range; fewer at the end of an image whose size is no multiple of 4096."""
+    done = 0
+    while done < part.length and done % ALIGNMENT == 0:
+        count = os.preadv(descriptor, [view[done : part.length]], part.start + done)
+        if count == 0:
+            break
+        done += count
+    return bytes(view[:done])
+
+
+def _split(read_parts: list[_Read]) -> Iterator[Piece]:
+    for part in read_parts:
+        if isinstance(part, Piece):
+            yield part
+        else:
+            yield from split_zeros(*part)
 
 
 def _punch(descriptor: int, piece: Piece) -> None:

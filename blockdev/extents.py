@@ -45,16 +45,17 @@ def pieces(ranges: Iterable[Range], longest_bytes: int) -> Iterator[Range]:
             at = end
 
 
-def allocated(descriptor: int, size_bytes: int) -> Iterator[Range]:
-    """The parts of a sparse file that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2))."""
-    at = 0
+def allocated(descriptor: int, size_bytes: int, start: int = 0) -> Iterator[Range]:
+    """The parts of a sparse file from `start` up to its size that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2))."""
+    at = start
     while at < size_bytes:
         try:
-            start = os.lseek(descriptor, at, os.SEEK_DATA)
+            data = os.lseek(descriptor, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole from here on
                 return
             raise
-        at = min(size_bytes, os.lseek(descriptor, start, os.SEEK_HOLE))
-        if start < at:
-            yield Range(start, at)
+        if data >= size_bytes:
+            return
+        at = min(size_bytes, os.lseek(descriptor, data, os.SEEK_HOLE))
+        yield Range(data, at)

@@ -78,7 +78,7 @@ def attach(image: Path, *, read_only: bool = False) -> LoopDevice:
 def find(image: Path) -> list[LoopDevice]:
     """All devices that this very file is attached to, by device and inode: the names that sysfs has for a file are
     those of some mount namespace, not of ours."""
-    wanted = os.stat(image)
+    wanted = image.stat()
     found = []
     for folder in Path("/sys/block").glob("loop*/loop"):
         number = int(folder.parent.name.removeprefix("loop"))
@@ -128,7 +128,7 @@ def _kernel_device(device: int) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
-class _opened:  # noqa: N801 - used like open()
+class _opened:
     """A descriptor for the time of a block."""
 
     def __init__(self, path: Path) -> None:

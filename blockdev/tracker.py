@@ -37,7 +37,7 @@ class WriteTracker(Protocol):
     """Reports what was written. After `close` it is of no use."""
 
     def collect(self) -> list[Range]:
-        """Ranges written or discarded since the last collect, in whole blocks within the device, merged and in order."""
+        """Ranges written or discarded since the last collect: whole blocks within the device, merged, in order."""
 
     def close(self) -> None:
         """Stop tracking."""
@@ -47,7 +47,7 @@ class BpfTracker:
     """Tracks one loop device by eBPF. Needs CAP_BPF and CAP_PERFMON, tracefs, and Linux 5.12."""
 
     def __init__(self, device: Path) -> None:
-        number = os.stat(device).st_rdev
+        number = device.stat().st_rdev
         sectors = int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/size").read_text())
         self._size_bytes = sectors << _SECTOR_SHIFT
         self.block_bytes, self._layout, self._map = _marks(self._size_bytes)

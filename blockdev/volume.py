@@ -117,10 +117,10 @@ class VolumeStore:
         path = self._path(name)
         if not path.exists() or not os.path.ismount(at):
             return None
-        mounted_from = os.stat(at).st_dev
+        mounted_from = at.stat().st_dev
         for device in loop.find(path):
             # btrfs has device numbers of its own; its one mount at this place is told by /proc/self/mountinfo.
-            if os.stat(device.path).st_rdev == mounted_from or _source_of(at) == str(device.path):
+            if device.path.stat().st_rdev == mounted_from or _source_of(at) == str(device.path):
                 return MountedVolume(device, at)
         return None
 

@@ -20,11 +20,13 @@ Requests = Iterator[peer_pb2.SendRequest]
 
 @dataclass(frozen=True)
 class _Copy:
-    """A volume that is being copied: an O_DIRECT descriptor and, while the container runs, its tracker."""
+    """A volume that is being copied: an O_DIRECT descriptor, one of the image file, which knows the holes, and, while
+    the container runs, its tracker."""
 
     target: str
     volume: LeavingVolume
     descriptor: int
+    image: int
     tracker: WriteTracker | None
 
     def dirty(self) -> list[Range]:
@@ -41,7 +43,9 @@ class DiskCopy:
             tracker = stack.enter_context(container.track_writes(volume)) if volume.device else None
             descriptor = blocks.open_direct(volume.device or volume.image)
             stack.callback(os.close, descriptor)
-            self._copies.append(_Copy(f"volume/{index}", volume, descriptor, tracker))
+            image = os.open(volume.image, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, image)
+            self._copies.append(_Copy(f"volume/{index}", volume, descriptor, image, tracker))
 
     def run_rounds(self, send: Callable[[Requests], None], sender: Sender) -> list[Round]:
         """The first pass over everything allocated, and rounds while they shrink. What is left is for `last`."""
@@ -71,7 +75,7 @@ class DiskCopy:
 
     def _requests(self, sender: Sender, ranges: Sequence[Sequence[Range]]) -> Requests:
         for copy, wanted in zip(self._copies, ranges, strict=True):
-            yield from sender.requests(copy.target, blocks.read(copy.descriptor, wanted))
+            yield from sender.requests(copy.target, blocks.read(copy.descriptor, wanted, image=copy.image))
 
 
 def allocated(volume: LeavingVolume) -> list[Range]:
