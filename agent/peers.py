@@ -8,7 +8,7 @@ import grpc
 
 from agent.config import Config
 from migrator import channel, status
-from migrator.errors import NotFound
+from migrator.errors import NotFound, Unreachable
 from migrator.handover import Incoming
 from migrator.v1 import peer_pb2, peer_pb2_grpc
 
@@ -30,6 +30,12 @@ class RemotePeer:
         self.host = host
         self._channel = open_channel(config, host)
         self._stub = peer_pb2_grpc.PeerServiceStub(self._channel)
+        # For what a container waits for: a connection of its own, whose death ends every other call, too.
+        self._pulse = open_channel(config, host, urgent=True)
+        self._urgent = peer_pb2_grpc.PeerServiceStub(self._pulse)
+        self._pulse_state = grpc.ChannelConnectivity.IDLE
+        self._pulse.subscribe(self._note_pulse)
+        self._is_urgent = False
         self._check: Callable[[], None] = lambda: None
 
     def watch(self, check: Callable[[], None]) -> None:
@@ -39,11 +45,17 @@ class RemotePeer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pulse.unsubscribe(self._note_pulse)
+        self._pulse.close()
         self._channel.close()
+
+    def _note_pulse(self, state: grpc.ChannelConnectivity) -> None:
+        self._pulse_state = state
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         with self._errors():
-            answer: peer_pb2.ExamineResponse = self._stub.Examine(request, timeout=QUICK_S)
+            # By this one, so that it is connected long before it matters.
+            answer: peer_pb2.ExamineResponse = self._urgent.Examine(request, timeout=QUICK_S)
         return answer
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> None:
@@ -70,17 +82,18 @@ class RemotePeer:
 
     def hold_traffic(self, migration: str, epoch: int) -> None:
         request = peer_pb2.HoldTrafficRequest(migration=migration, epoch=epoch)
-        self._wait(self._stub.HoldTraffic.future(request, timeout=QUICK_S))
+        self._wait(self._urgent.HoldTraffic.future(request, timeout=QUICK_S))
+        self._is_urgent = True
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
         request = peer_pb2.RestoreRequest(migration=migration, epoch=epoch, digests=digests)
-        answer: peer_pb2.RestoreResponse = self._wait(self._stub.Restore.future(request, timeout=SLOW_S))
+        answer: peer_pb2.RestoreResponse = self._wait(self._urgent.Restore.future(request, timeout=SLOW_S))
         return answer.steps
 
     def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse:
         request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
         with self._errors():
-            answer: peer_pb2.DecideResponse = self._stub.Decide(request, timeout=DECIDE_S)
+            answer: peer_pb2.DecideResponse = self._urgent.Decide(request, timeout=DECIDE_S)
         return answer
 
     def _wait(self, call: "grpc.Future[Any]") -> Any:
@@ -92,9 +105,14 @@ class RemotePeer:
                 except grpc.FutureTimeoutError:
                     try:
                         self._check()
+                        self._feel_pulse()
                     except BaseException:
                         call.cancel()
                         raise
+
+    def _feel_pulse(self) -> None:
+        if self._is_urgent and self._pulse_state is not grpc.ChannelConnectivity.READY:
+            raise Unreachable(f"the agent of {self.host} has gone silent; the container could not wait for it")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -102,6 +120,8 @@ class RemotePeer:
             yield
         except grpc.RpcError as error:
             raise status.from_rpc(error, self.host) from error
+        except grpc.FutureCancelledError as error:
+            raise Unreachable(f"the agent of {self.host} broke the call off: is it stopping?") from error
 
 
 def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:
@@ -117,7 +137,7 @@ def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:
     return answer.decision
 
 
-def open_channel(config: Config, host: str) -> grpc.Channel:
+def open_channel(config: Config, host: str, *, urgent: bool = False) -> grpc.Channel:
     """A channel to a configured peer, which must prove to be that host. Raises NotFound for an unknown name."""
     address = config.peers.get(host)
     if address is None:
@@ -125,4 +145,4 @@ def open_channel(config: Config, host: str) -> grpc.Channel:
         raise NotFound(
             f"{host} is not among this host's peers ({known}): see [peers] in the configuration", reason="UNKNOWN_HOST"
         )
-    return channel.connect(address, name=host, tls=config.tls)
+    return channel.connect(address, name=host, tls=config.tls, urgent=urgent)
