@@ -278,7 +278,9 @@ def _tables(init: int) -> list[str]:
 def _cgroups(host: str) -> list[str]:
     found = []
     for group in (*CGROUPS.glob(f"migrator-{host}"), *CGROUPS.glob(f"*/migrator-{host}")):
-        found += [str(path.relative_to(CGROUPS)) for path in group.rglob("*") if path.is_dir()]
+        # The one for all conmons stays; what is still in it is among the processes.
+        groups = [path for path in group.rglob("*") if path.is_dir() and path.name != "_conmon"]
+        found += [str(path.relative_to(CGROUPS)) for path in groups]
     return found
 
 
