@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS migrations (
 """
 KEPT = 1000
 WATCH_INTERVAL_S = 5.0
+SETTLE_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 
 log = structlog.get_logger()
@@ -117,11 +118,13 @@ class Migrations:
         version = 0
         while wanted():
             seen, migration = progress.wait(version, WATCH_INTERVAL_S)
+            if migration.outcome:
+                self._wait_settled(name, migration)
+                yield migration
+                return
             if seen != version:
                 yield migration
             version = seen
-            if migration.outcome:
-                return
 
     def decision(self, name: str, epoch: int, asker: str) -> peer_pb2.Decision:
         """What is decided, for the destination. One that nobody works on and that is undecided is aborted first."""
@@ -190,6 +193,15 @@ class Migrations:
 
     def _departing(self, record: Record, migration: str) -> Departing:
         return Departing(self._managers, record, self._managers.migration_folder(migration))
+
+    def _wait_settled(self, name: str, migration: migration_pb2.Migration) -> None:
+        """Who hears of the end may start the next thing at once: the container's lease is given back by then."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        while migration.outcome != migration_pb2.OUTCOME_UNCERTAIN and time.monotonic() < deadline:
+            with self._lock:
+                if name not in self._running:
+                    return
+            time.sleep(0.002)
 
     def _begin(self, name: str, progress: Progress, work: Callable[[], None], resources: ExitStack) -> None:
         """Run the work in a thread of its own, which gives the resources back and stores the end."""
