@@ -30,7 +30,7 @@ _GROW = {
     "xfs": ["xfs_growfs"],
     "btrfs": ["btrfs", "filesystem", "resize", "max"],
 }
-# A clone has the file system identity of its image; both may be mounted at once.
+# A clone has the file system identity of its image; both may be mounted at once: btrfs allows it from Linux 6.7 on.
 _OPTIONS = {"ext4": "", "xfs": "nouuid", "btrfs": ""}
 
 
@@ -41,8 +41,16 @@ def make(target: Path, kind: str, *, label: str = "") -> None:
 
 
 def mount(device: Path, at: Path, kind: str, *, read_only: bool = False) -> None:
-    """Mount with device files allowed: a container's own are made in its root."""
-    kernel.mount(device, at, _known(kind), _MS_RDONLY if read_only else 0, _OPTIONS[kind])
+    """Mount with device files allowed: a container's own are made in its root. Raises OSError, BlockError."""
+    try:
+        kernel.mount(device, at, _known(kind), _MS_RDONLY if read_only else 0, _OPTIONS[kind])
+    except OSError as error:
+        if kind == "btrfs" and error.errno == errno.EEXIST:
+            raise BlockError(
+                f"{device}: a btrfs with the same UUID is mounted already (its image, or another clone): Linux 6.7 or"
+                " newer allows that, or use xfs or ext4"
+            ) from error
+        raise
 
 
 def unmount(at: Path, timeout_s: float = UNMOUNT_TIMEOUT_S) -> None:

@@ -13,6 +13,8 @@ from blockdev.loop import LoopDevice
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 SUFFIX = ".img"
 UNFINISHED = ".new"
+# Where an XFS or btrfs is mounted while it is grown, beside its image.
+MOUNT = ".mount"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,11 @@ class VolumeStore:
         return sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
 
     def sweep(self) -> None:
-        """Delete what an interrupted creation has left."""
+        """Delete what an interrupted creation has left, mounted or not."""
+        for at in self.folder.glob(f"*{UNFINISHED}{MOUNT}"):
+            while os.path.ismount(at):
+                filesystem.unmount(at)
+            at.rmdir()
         for path in self.folder.glob(f"*{UNFINISHED}"):
             for device in loop.find(path):
                 device.detach()
@@ -128,7 +134,7 @@ class VolumeStore:
         if volume.kind == "ext4":
             filesystem.grow_image(volume.path)
             return
-        at = self.folder / f"{volume.path.name}.mount"
+        at = self.folder / f"{volume.path.name}{MOUNT}"
         at.mkdir()
         try:
             mounted = volume.mount(at)
