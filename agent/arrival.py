@@ -19,7 +19,7 @@ from agent.network import host_end
 from agent.restore import HeldRestore
 from agent.rootfs import User
 from agent.runtime import Launch, Restore, find_program
-from agent.specs import check_arrival
+from agent.specs import check_arrival, check_binds
 from migrator.errors import ExecutionError, NotFound
 from migrator.hold import TrafficHold
 from migrator.source import FEATURES, Here
@@ -243,6 +243,7 @@ class ArrivingHost:
     def reserve(self, request: peer_pb2.PrepareRequest) -> Arriving:
         """Undone by itself if it fails."""
         check_arrival(request.container, request.spec)
+        check_binds(request.spec)
         arriving = Arriving(self._managers, request)
         arriving.reserve()
         return arriving

@@ -98,7 +98,7 @@ class Records:
         """The record; raises NotFound."""
         rows = self._database.rows("SELECT * FROM containers WHERE name = ?", name)
         if not rows:
-            raise NotFound(f"there is no container {name} on this host: see migrator ps")
+            raise NotFound(f"there is no container {name} on this host: see migrator ps", reason="CONTAINER_NOT_FOUND")
         return _record(rows[0])
 
     def all(self) -> list[Record]:

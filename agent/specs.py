@@ -28,7 +28,13 @@ def check_name(name: str) -> str:
 
 
 def complete(name: str, spec: ContainerSpec, image_filesystem: str) -> ContainerSpec:
-    """A checked copy with hostname and volumes filled in. Raises InvalidArgument."""
+    """A checked copy with hostname and volumes filled in; its bind mounts are on this host. Raises InvalidArgument."""
+    result = _complete(name, spec, image_filesystem)
+    check_binds(result)
+    return result
+
+
+def _complete(name: str, spec: ContainerSpec, image_filesystem: str) -> ContainerSpec:
     result = ContainerSpec()
     result.CopyFrom(spec)
     result.hostname = spec.hostname or name
@@ -38,7 +44,10 @@ def complete(name: str, spec: ContainerSpec, image_filesystem: str) -> Container
     _check_limits(result)
     _complete_volumes(result, image_filesystem)
     _check_targets(result)
-    check_binds(result)
+    for bind in result.binds:
+        source = Path(bind.source)
+        if not source.is_absolute() or ".." in source.parts:
+            raise InvalidArgument(f"bind mount source {bind.source!r} is not an absolute path")
     return result
 
 
@@ -111,20 +120,20 @@ def _check_targets(spec: ContainerSpec) -> None:
 def check_binds(spec: ContainerSpec) -> None:
     """Whether the folders of the bind mounts are on this host; asked again at each start."""
     for bind in spec.binds:
-        source = Path(bind.source)
-        if not source.is_absolute() or ".." in source.parts:
-            raise InvalidArgument(f"bind mount source {bind.source!r} is not an absolute path")
-        if not os.path.lexists(source):
+        if not os.path.lexists(bind.source):
             raise InvalidArgument(f"bind mount source {bind.source} does not exist on this host")
 
 
 def check_arrival(name: str, spec: ContainerSpec) -> None:
-    """Whether a spec that another host has sent could have been made by `complete` here. Raises InvalidArgument."""
+    """Whether a spec that another host has sent could have been made by `complete`. Raises InvalidArgument.
+
+    Bind mounts that are missing here are not looked for: they are an objection of their own.
+    """
     check_name(name)
     kinds = [volume.filesystem for volume in spec.volumes]
     if not kinds or len(kinds) > MAXIMUM_VOLUMES:
         raise InvalidArgument(f"{name} comes with {len(kinds)} volumes: 1 to {MAXIMUM_VOLUMES} are possible")
-    if complete(name, spec, kinds[0]) != _without_usage(spec):
+    if _complete(name, spec, kinds[0]) != _without_usage(spec):
         raise InvalidArgument(f"the spec of {name} is not complete")
 
 
