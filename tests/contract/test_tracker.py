@@ -61,7 +61,7 @@ class Disk:
 
     def difference(self) -> str:
         """The first one there is. By the image: the device's own page cache may have what a file system threw away."""
-        command = ["cmp", f"/proc/self/fd/{self.image}", self.replica]
+        command = ["cmp", f"/proc/self/fd/{self.image}", str(self.replica)]
         done = subprocess.run(command, capture_output=True, text=True, pass_fds=[self.image], check=False)
         return done.stdout + done.stderr
 
