@@ -161,7 +161,10 @@ class Runtime:
         environment = self.environment()
         if restore is not None:
             environment["PATH"] = f"{restore.programs}:{environment['PATH']}"
-        ours, theirs = os.pipe()
+        ours, writing = os.pipe()
+        # Both ends: conmon dies of a word that nobody can read any more, and it must survive this agent.
+        theirs = os.open(f"/proc/self/fd/{writing}", os.O_RDWR | os.O_CLOEXEC)
+        os.close(writing)
         try:
             done = subprocess.run(
                 self.conmon_command(name, restore),
