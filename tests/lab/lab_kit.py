@@ -4,7 +4,6 @@ Everything goes through `scripts/lab`, as a user would; only `leftovers` looks b
 """
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labkit.leftovers import Leftovers, beyond, present
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = str(CHECKOUT / "scripts/lab")
 PROGRAMS = CHECKOUT / "tests/lab/programs"
-CLIENT = ("python3", str(PROGRAMS / "client.py"))
-STATE = Path("/var/lib/migrator-lab")
-CGROUPS = Path("/sys/fs/cgroup")
+CLIENT = ("python3", str(CHECKOUT / "scripts/labkit/client.py"))
 HOSTS = ("host-a", "host-b")
-# What a container or a migration puts below a host's state and run folders.
-STATE_FOLDERS = ("volumes", "containers", "checkpoints", "pool/volumes", "pool/images/unfinished")
-RUN_FOLDERS = ("migrations", "runc", "exits", "images", "restore")
 COMMAND_TIMEOUT_S = 120.0
 
 Done = subprocess.CompletedProcess[str]
-Leftovers = dict[str, list[str]]
 
 
 @dataclass
@@ -121,7 +116,7 @@ class Lab:
         self.start(host, name, "tools", "--ip", f"{address}/16", *options, command=["sh", "-c", wait])
         push = "cat >/workload.py && touch /workload.ready"
         self.exec(host, name, "sh", "-c", push, stdin=(PROGRAMS / "workload.py").read_text())
-        done = ["sh", "-c", f"until python3 {PROGRAMS}/client.py ask {address} 7000 facts; do sleep 0.1; done"]
+        done = ["sh", "-c", f"until {' '.join(CLIENT)} ask {address} 7000 facts; do sleep 0.1; done"]
         self.client_ok("timeout", "20", *done)
 
     def ask(self, address: str, word: str = "facts") -> dict[str, Any]:
@@ -186,9 +181,7 @@ class Lab:
 
     def leftovers(self, host: str) -> Leftovers:
         """What is on the host beyond what was there when the lab came up, by kind; empty when there is nothing."""
-        before = self.baseline[host]
-        new = {kind: sorted(set(found) - set(before[kind])) for kind, found in present(host).items()}
-        return {kind: found for kind, found in new.items() if found}
+        return beyond(self.baseline[host], host)
 
     def clean(self, host: str, within_s: float = 10.0) -> Leftovers:
         """`leftovers` once they have gone, or after `within_s` what has not: the finish phase is allowed its time."""
@@ -206,107 +199,6 @@ def eventually(what: str, probe: Callable[[], bool], within_s: float = 15.0) -> 
         time.sleep(0.05)
 
 
-def present(host: str) -> Leftovers:
-    """Everything of a kind that containers and migrations consist of, on one host."""
-    init = int((STATE / host / "init.pid").read_text())
-    root = Path(f"/proc/{init}/root")
-    return {
-        "loop devices": _loops(root / "var/lib/migrator"),
-        "mounts": _mounts(init),
-        "network namespaces": _names(root / "run/netns"),
-        "links": _links(init),
-        "nftables tables": _tables(init),
-        "cgroups": _cgroups(host),
-        "processes": _processes(init),
-        "files": _files(root),
-    }
-
-
 def _run(command: Sequence[str], stdin: str | None, timeout_s: float) -> Done:
     source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **source)
-
-
-def _inside(init: int, *command: str) -> str:
-    enter = ["nsenter", f"--target={init}", "--mount", "--net", "--"]
-    return subprocess.run([*enter, *command], capture_output=True, text=True, check=True).stdout
-
-
-def _loops(state: Path) -> list[str]:
-    """Devices on files in the host's state folder or in its pool, which is a file system of its own."""
-    listing = subprocess.run(
-        ["losetup", "--list", "--json", "--output", "NAME,BACK-INO,BACK-MAJ:MIN,BACK-FILE"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    pool = _device((state / "pool").stat().st_dev) if (state / "pool").is_mount() else ""
-    inodes = set()
-    for folder, _, names in os.walk(state):
-        for name in names:
-            try:
-                found = Path(folder, name).lstat()
-            except FileNotFoundError:
-                continue
-            inodes.add((_device(found.st_dev), found.st_ino))
-    loops = json.loads(listing)["loopdevices"] if listing.strip() else []
-    return [
-        f"{Path(loop['back-file'].removesuffix(' (deleted)')).name} at {loop['name']}"
-        for loop in loops
-        if loop["back-maj:min"].strip() == pool or (loop["back-maj:min"].strip(), loop["back-ino"]) in inodes
-    ]
-
-
-def _device(number: int) -> str:
-    return f"{os.major(number)}:{os.minor(number)}"
-
-
-def _mounts(init: int) -> list[str]:
-    return [line.split()[4] for line in Path(f"/proc/{init}/mountinfo").read_text().splitlines()]
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def _links(init: int) -> list[str]:
-    return [link["ifname"] for link in json.loads(_inside(init, "ip", "-json", "link"))]
-
-
-def _tables(init: int) -> list[str]:
-    return _inside(init, "nft", "list", "tables").splitlines()
-
-
-def _cgroups(host: str) -> list[str]:
-    found = []
-    for group in (*CGROUPS.glob(f"migrator-{host}"), *CGROUPS.glob(f"*/migrator-{host}")):
-        # The one for all conmons stays; what is still in it is among the processes.
-        groups = [path for path in group.rglob("*") if path.is_dir() and path.name != "_conmon"]
-        found += [str(path.relative_to(CGROUPS)) for path in groups]
-    return found
-
-
-def _processes(init: int) -> list[str]:
-    """All but the host's init, its agent, and the commands that a test runs there at the moment."""
-    proc = Path(f"/proc/{init}/root/proc")
-    agent = Path(f"/proc/{init}/root/run/lab-agent.pid")
-    mine = {1, int(agent.read_text()) if agent.exists() else 0}
-    found = []
-    for folder in proc.iterdir():
-        if not folder.name.isdecimal() or int(folder.name) in mine:
-            continue
-        try:
-            command = (folder / "cmdline").read_bytes()[:200].replace(b"\0", b" ").decode(errors="replace").strip()
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found.append(f"{folder.name} {command or '[no command]'} ({state})")
-    return found
-
-
-def _files(root: Path) -> list[str]:
-    folders = [root / "var/lib/migrator" / name for name in STATE_FOLDERS]
-    folders += [root / "run/migrator" / name for name in RUN_FOLDERS]
-    found = []
-    for folder in folders:
-        if folder.is_dir():
-            found += [f"/{path.relative_to(root)}" for path in folder.iterdir()]
-    return found

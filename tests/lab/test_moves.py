@@ -8,9 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from labkit.hosts import STATE
 from migrator.v1 import container_pb2
 from migrator.v1.container_pb2_grpc import ContainerServiceStub
-from tests.lab.lab_kit import STATE, Lab, eventually
+from tests.lab.lab_kit import Lab, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]
 

@@ -1,10 +1,13 @@
-"""What the lab's outside machine runs; standard library only. Each prints one JSON object when it is told to stop.
+"""What the lab's outside machine runs for the tests and the demo; standard library only. Each prints one JSON value.
 
-client.py count HOST PORT           INCR on one Redis connection without a break
-client.py web HOST PORT N SHA256    GET /data on N keep-alive connections in turn, each answer checked
+client.py count HOST PORT           INCR on one Redis connection without a break, until SIGTERM
+client.py web HOST PORT N SHA256    GET /data on N keep-alive connections in turn, each answer checked, until SIGTERM
 client.py ask HOST PORT WORD        one line to a workload, its answer
+client.py redis HOST PORT WORD...   one command to a Redis, its answer
+client.py fill HOST PORT N          N keys into a Redis
+client.py check HOST PORT N         how many of those N keys are there with the right value
 
-SIGTERM is the word to stop. Times are CLOCK_MONOTONIC, which every process of the machine shares.
+Times are CLOCK_MONOTONIC, which every process of the machine shares.
 """
 
 import hashlib
@@ -12,13 +15,16 @@ import http.client
 import json
 import signal
 import socket
+import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 # What is longer than this between two answers is told.
 PAUSE_S = 0.02
 ANSWER_TIMEOUT_S = 30.0
+BATCH = 1000
 
 
 class Stop:
@@ -36,6 +42,7 @@ def count(host: str, port: int) -> dict[str, object]:
     stop = Stop()
     wrong: list[str] = []
     pauses: list[tuple[float, float]] = []
+    gaps: list[float] = []
     answers = value = 0
     with socket.create_connection((host, port), timeout=ANSWER_TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -55,12 +62,21 @@ def count(host: str, port: int) -> dict[str, object]:
                 wrong.append(f"{new} after {value}")
             value = new
             answers += 1
+            gaps.append(now - last)
             if now - last > PAUSE_S:
                 pauses.append((last, now - last))
             last = now
             time.sleep(0.0005)
         same = connection.getsockname()[1] == own_port
-    return {"answers": answers, "value": value, "wrong": wrong, "pauses": pauses, "same_connection": same}
+    typical_s = statistics.median(gaps) if gaps else 0.0
+    return {
+        "answers": answers,
+        "value": value,
+        "wrong": wrong,
+        "pauses": pauses,
+        "typical_s": typical_s,
+        "same_connection": same,
+    }
 
 
 def web(host: str, port: int, connections: int, digest: str) -> dict[str, object]:
@@ -96,6 +112,75 @@ def ask(host: str, port: int, word: str) -> object:
             return json.loads(answer.readline())
 
 
+class Redis:
+    """One connection to a Redis; see redis.io/docs/latest/develop/reference/protocol-spec."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._connection = socket.create_connection((host, port), timeout=ANSWER_TIMEOUT_S)
+        self._answers = self._connection.makefile("rb")
+
+    def send(self, commands: Sequence[Sequence[str]]) -> list[object]:
+        """All commands at once; their answers."""
+        parts = [f"*{len(words)}\r\n" + "".join(f"${len(w)}\r\n{w}\r\n" for w in words) for words in commands]
+        self._connection.sendall("".join(parts).encode("ascii"))
+        return [self._answer() for _ in commands]
+
+    def _answer(self) -> object:
+        line = self._answers.readline().decode().removesuffix("\r\n")
+        match line[:1]:
+            case "+":
+                return line[1:]
+            case ":":
+                return int(line[1:])
+            case "$":
+                size = int(line[1:])
+                return None if size < 0 else self._answers.read(size + 2)[:-2].decode()
+            case "*":
+                return [self._answer() for _ in range(int(line[1:]))]
+        raise ConnectionError(line or "the server closed the connection")
+
+    def close(self) -> None:
+        self._answers.close()
+        self._connection.close()
+
+
+def batches(count: int) -> Iterator[range]:
+    for start in range(0, count, BATCH):
+        yield range(start, min(start + BATCH, count))
+
+
+def value_of(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def fill(redis: Redis, count: int) -> int:
+    """Returns how many keys were set."""
+    return sum(
+        redis.send([("SET", f"key:{number}", value_of(number)) for number in batch]).count("OK")
+        for batch in batches(count)
+    )
+
+
+def check(redis: Redis, count: int) -> int:
+    """Returns how many keys have the value that `fill` gave them."""
+    right = 0
+    for batch in batches(count):
+        (values,) = redis.send([("MGET", *(f"key:{number}" for number in batch))])
+        assert isinstance(values, list)
+        right += sum(value == value_of(number) for number, value in zip(batch, values, strict=True))
+    return right
+
+
+def with_redis(verb: str, host: str, port: int, words: Sequence[str]) -> object:
+    redis = Redis(host, port)
+    try:
+        if verb == "redis":
+            return redis.send([words])[0]
+        return (fill if verb == "fill" else check)(redis, int(words[0]))
+    finally:
+        redis.close()
+
+
 def main(verb: str, host: str, port: str, *rest: str) -> object:
     match verb:
         case "count":
@@ -104,6 +189,8 @@ def main(verb: str, host: str, port: str, *rest: str) -> object:
             return web(host, int(port), int(rest[0]), rest[1])
         case "ask":
             return ask(host, int(port), rest[0])
+        case "redis" | "fill" | "check":
+            return with_redis(verb, host, int(port), rest)
     raise SystemExit(__doc__)
 
 
