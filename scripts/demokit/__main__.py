@@ -22,7 +22,7 @@ def story(stage: Stage) -> bool:
     """All of the demo; whether everything was as it should be."""
     home, away = HOSTS
     screen.section("A container")
-    stage.migrator(home, *IMAGE, quiet=True)
+    stage.migrator(home, *IMAGE)
     stage.migrator(home, *CREATE)
     stage.migrator(home, "start", CONTAINER)
     stage.wait_for_redis()

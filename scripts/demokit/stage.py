@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ CLIENT = ("python3", str(CHECKOUT / "scripts/labkit/client.py"))
 CONTAINER, ADDRESS, PORT = "ct101", "10.77.2.101", "6379"
 READY_S = 20.0
 CLEAN_S = 10.0
+CANCEL_S = 10.0
 
 Done = subprocess.CompletedProcess[str]
 
@@ -51,13 +53,21 @@ class Stage:
         self._hosts = hosts
         self._before = {host: leftovers.present(host) for host in hosts}
 
-    def migrator(self, host: str, *words: str, quiet: bool = False) -> None:
-        """Show and run one `migrator` command; `quiet` keeps its progress for the case that it fails."""
+    def migrator(self, host: str, *words: str) -> None:
+        """Show and run one `migrator` command, with the first line of its progress if it reports any."""
         screen.command(host, ["migrator", *words])
-        began = time.monotonic()
-        _ok(["run", host, "--", "migrator", *words])
-        if quiet:
-            screen.note(f"({time.monotonic() - began:.0f} s)")
+        command = [LAB, "run", host, "--", "migrator", *words]
+        said: list[str] = []
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                said.append(line)
+                if len(said) == 1 and not line.startswith("migrator: "):
+                    screen.note(line.strip())
+        if process.returncode != 0:
+            raise DemoError(_failed(command, process.returncode, "".join(said)))
 
     def wait_for_redis(self) -> None:
         _wait("Redis does not answer", READY_S, lambda: _client("redis", "PING").stdout.strip() == '"PONG"')
@@ -78,13 +88,8 @@ class Stage:
         _ok(["run", source, "--", "migrator", "exec", CONTAINER, "--", "sh", "-c", f"echo {word} >{file}"])
         screen.command(source, ["migrate", CONTAINER, destination])
         began = time.monotonic()
-        # Its phases go to standard error as they happen: the reader of our output sees them.
-        command = [LAB, "run", source, "--", "migrate", CONTAINER, destination, "-o", "json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=sys.stdout, text=True, check=False)
+        report = _migrate(source, destination)
         ended = time.monotonic()
-        if done.returncode != 0:
-            raise DemoError(f"migrate ended with exit code {done.returncode}: {done.stdout.strip()}")
-        report = json.loads(done.stdout)
         found = _ok(["run", destination, "--", "migrator", "exec", CONTAINER, "--", "cat", file])
         return Move(
             source,
@@ -190,6 +195,24 @@ def lab(*words: str) -> Done:
     return Done(process.args, process.returncode, out, err)
 
 
+def _migrate(source: str, destination: str) -> Any:
+    """Its object. Its phases go to standard error as they happen: the reader of our output sees them."""
+    command = [LAB, "run", source, "--", "migrate", CONTAINER, destination, "-o", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stdout, text=True)
+    try:
+        out, _ = process.communicate()
+    except KeyboardInterrupt:
+        # Ctrl-C is for it, too: it cancels and says so.
+        try:
+            process.communicate(timeout=CANCEL_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if process.returncode != 0:
+        raise DemoError(f"migrate ended with exit code {process.returncode}: {out.strip()}")
+    return json.loads(out)
+
+
 def _client(verb: str, *words: str) -> Done:
     command = [LAB, "client", "--", *CLIENT, verb, ADDRESS, PORT, *words]
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -200,10 +223,13 @@ def _ok(words: Sequence[str]) -> str:
     command = [LAB, *words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = "\n".join(done.stderr.strip().splitlines()[-10:])
-        shown = " ".join(str(word) for word in [Path(LAB).name, *words])
-        raise DemoError(f"{shown} ended with exit code {done.returncode}:\n{said}")
+        raise DemoError(_failed(command, done.returncode, done.stderr))
     return done.stdout
+
+
+def _failed(command: Sequence[str], code: int, said: str) -> str:
+    last_words = "\n".join(said.strip().splitlines()[-10:])
+    return f"scripts/{Path(LAB).name} {shlex.join(command[1:])} ended with exit code {code}:\n{last_words}"
 
 
 def _wait(what: str, within_s: float, probe: Callable[[], bool]) -> None:
