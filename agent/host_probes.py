@@ -158,10 +158,14 @@ def tls(config: Config) -> list[Finding]:
         certificate, authority = certificates.load(config.tls.certificate), certificates.load(config.tls.ca)
         mode = stat.S_IMODE(config.tls.key.stat().st_mode)
     except MigratorError as error:
-        return [problem("certificates", str(error), "migrator cert init, then migrator cert issue --role peer")]
+        return [
+            problem("certificates", str(error), "migrator cert init DIR, then migrator cert issue DIR NAME --role peer")
+        ]
     except OSError as error:
-        return [problem("certificates", f"{config.tls.key}: {error.strerror}", "migrator cert issue --role peer")]
-    issue = f"migrator cert issue {config.host} --role peer"
+        return [
+            problem("certificates", f"{config.tls.key}: {error.strerror}", "migrator cert issue DIR NAME --role peer")
+        ]
+    issue = f"migrator cert issue DIR {config.host} --role peer"
     found = []
     if not certificates.is_signed_by(certificate, authority):
         found.append(problem("certificates", f"{config.tls.certificate} is not signed by {config.tls.ca}", issue))
