@@ -68,6 +68,7 @@ class Assembly:
             try:
                 addresses = [address for interface in interfaces(spec) for address in interface.addresses]
                 resolver = RESOLV_CONF.read_text() if RESOLV_CONF.exists() else ""
+                rootfs.make_mount_points(paths.rootfs)
                 rootfs.write_identity(paths.rootfs, spec.hostname or name, addresses, resolver)
             finally:
                 self._unmount(name, spec)

@@ -20,6 +20,7 @@ from typing import Self
 from pycriu import rpc_pb2 as rpc
 
 from migrator.errors import ExecutionError
+from migrator.images import rearm_timers
 
 MESSAGE_BYTES = 1 << 20
 GHOST_LIMIT_BYTES = 1 << 30
@@ -105,6 +106,7 @@ class Criu:
             self._socket.send(_dump_message(request, images, work).SerializeToString())
             while (answer := self._receive()).type == rpc.NOTIFY:
                 if answer.notify.script == "post-dump":
+                    rearm_timers(request.images)
                     return
                 self._socket.send(rpc.criu_req(type=rpc.NOTIFY, notify_success=True).SerializeToString())
         except OSError as error:
@@ -112,10 +114,8 @@ class Criu:
         finally:
             os.close(images)
             os.close(work)
-        reason = answer.cr_errmsg or os.strerror(answer.cr_errno)
-        raise ExecutionError(
-            f"CRIU could not dump process {request.pid}: {reason}{last_errors(log)}", reason="DUMP_FAILED"
-        )
+        reason = last_errors(log) or answer.cr_errmsg or os.strerror(answer.cr_errno)
+        raise ExecutionError(f"CRIU could not dump process {request.pid}: {reason}", reason="DUMP_FAILED")
 
     def _receive(self) -> rpc.criu_resp:
         message = self._socket.recv(MESSAGE_BYTES)

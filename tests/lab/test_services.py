@@ -108,7 +108,7 @@ def test_postgresql_under_pgbench(lab: Lab) -> None:
     eventually("PostgreSQL is ready", lambda: lab.client(*ready).returncode == 0, 30)
     as_user = ["-h", address, "-U", "postgres"]
     lab.client_ok("pgbench", *as_user, "-i", "-q", "-s", "2", "postgres")
-    load = ["pgbench", *as_user, "-c", "4", "-T", "25", "postgres"]
+    load = ["pgbench", *as_user, "-c", "4", "-T", "45", "postgres"]
     with lab.background("client", *load) as pgbench:
         for source, destination in back_and_forth(5):
             lab.migrate("db", source, destination)

@@ -1,0 +1,46 @@
+"""CRIU's images, where what CRIU writes has to be amended (criu.org/Images; CRIU 4.2)."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pycriu.images import fdinfo_pb2
+
+_MAGICS = struct.Struct("<II")  # of all images, and of the kind
+_LENGTH = struct.Struct("<I")
+
+
+def rearm_timers(images: Path) -> None:
+    """Let periodic timerfds go on that expired between the freeze and the dump.
+
+    The kernel starts such a timer again only when it is read, and until then shows none of its time as left: CRIU
+    would restore it as one that was never started.
+    """
+    path = images / "files.img"
+    content = path.read_bytes()
+    entries = [fdinfo_pb2.file_entry.FromString(entry) for entry in _entries(content)]
+    stopped = [
+        entry.tfd
+        for entry in entries
+        if entry.type == fdinfo_pb2.TIMERFD
+        and (entry.tfd.isec or entry.tfd.insec)
+        and not (entry.tfd.vsec or entry.tfd.vnsec)
+        and entry.tfd.ticks
+    ]
+    if stopped:
+        for timer in stopped:
+            timer.vsec, timer.vnsec = timer.isec, timer.insec
+        path.write_bytes(content[: _MAGICS.size] + _joined([entry.SerializeToString() for entry in entries]))
+
+
+def _entries(content: bytes) -> Iterator[bytes]:
+    offset = _MAGICS.size
+    while offset < len(content):
+        (length,) = _LENGTH.unpack_from(content, offset)
+        offset += _LENGTH.size
+        yield content[offset : offset + length]
+        offset += length
+
+
+def _joined(entries: Sequence[bytes]) -> bytes:
+    return b"".join(_LENGTH.pack(len(entry)) + entry for entry in entries)
