@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 from demokit import screen
-from demokit.stage import ADDRESS, CONTAINER, Client, DemoError, Move, Stage, lab
+from demokit.stage import ADDRESS, CONTAINER, Client, DemoError, Move, Stage, lab, pauses
 
 HOSTS = ("host-a", "host-b")
 KEYS = 100_000
@@ -46,8 +46,8 @@ def summary(stage: Stage, moves: list[Move], report: dict[str, object], filled: 
     """Say what was found; whether it is all true."""
     screen.section("Summary")
     facts = screen.Facts()
-    pauses, other_ms = stage.pauses(moves, report)
-    for move, pause_ms in zip(moves, pauses, strict=True):
+    seen_ms, other_ms = pauses(moves, report)
+    for move, pause_ms in zip(moves, seen_ms, strict=True):
         seen = f"{pause_ms:.0f} ms" if pause_ms else "under 20 ms"
         facts.add(
             f"{move.source} to {move.destination}",

@@ -112,25 +112,26 @@ class Stage:
             if any(row["name"] == CONTAINER and row["state"] == "running" for row in found)
         ]
 
-    def pauses(self, moves: Sequence[Move], report: dict[str, Any]) -> tuple[list[float], float]:
-        """The longest time between two answers in each move and outside all of them, less the typical one; in ms."""
-        in_moves, elsewhere = [0.0] * len(moves), 0.0
-        for start_s, length_s in report["pauses"]:
-            milliseconds = (length_s - report["typical_s"]) * 1000
-            for index, move in enumerate(moves):
-                if move.began_s <= start_s <= move.ended_s:
-                    in_moves[index] = max(in_moves[index], milliseconds)
-                    break
-            else:
-                elsewhere = max(elsewhere, milliseconds)
-        return in_moves, elsewhere
-
     def _left(self, host: str) -> leftovers.Leftovers:
         """What is left at a host, once the end of the migration has had its time."""
         deadline = time.monotonic() + CLEAN_S
         while (found := leftovers.beyond(self._before[host], host)) and time.monotonic() < deadline:
             time.sleep(0.1)
         return found
+
+
+def pauses(moves: Sequence[Move], report: dict[str, Any]) -> tuple[list[float], float]:
+    """The longest time between two answers in each move and outside all of them, less the typical one; in ms."""
+    in_moves, elsewhere = [0.0] * len(moves), 0.0
+    for start_s, length_s in report["pauses"]:
+        milliseconds = (length_s - report["typical_s"]) * 1000
+        for index, move in enumerate(moves):
+            if move.began_s <= start_s <= move.ended_s:
+                in_moves[index] = max(in_moves[index], milliseconds)
+                break
+        else:
+            elsewhere = max(elsewhere, milliseconds)
+    return in_moves, elsewhere
 
 
 class Client:
