@@ -49,8 +49,9 @@ class Host:
         where = str(Path.cwd())
         if any(where == top or where.startswith(top + "/") for top in HIDDEN):
             where = "/"
-        enter = ["nsenter", f"--target={pid}", *NAMESPACES, f"--wdns={where}", "--"]
-        return [*enter, "setpriv", "--pdeathsig=TERM", *command]
+        # Ctrl-C is for the command alone: an nsenter that died of it would have it terminated besides.
+        enter = ["env", "--ignore-signal=INT", "nsenter", f"--target={pid}", *NAMESPACES, f"--wdns={where}", "--"]
+        return [*enter, "env", "--default-signal=INT", "setpriv", "--pdeathsig=TERM", *command]
 
     def agent_pid(self) -> int:
         """Pid of the agent inside the host, or 0."""
