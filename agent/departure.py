@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
+
+import structlog
 
 from agent import guard, oci
 from agent.assembly import interfaces, volume_name
+from agent.backlog import Backlog
 from agent.container_records import Record, Records, State
 from agent.database import Database
 from agent.managers import Managers
@@ -28,9 +31,14 @@ from migrator.v1 import container_pb2, peer_pb2
 DUMP_TIMEOUT_S = 120.0
 WARM_UP_TIMEOUT_S = 10.0
 REHEARSAL_S = 0.003
+# A busy listener is found empty after a few tries; one that nobody accepts from never is.
+ACCEPT_PATIENCE_S = 0.1
+ACCEPT_S = 0.002
 CRIU_CONFIGURATION = "dump.conf"
 CRIU_PROCESS = "criu.pid"
 CRIU_ROLLBACK_S = 10.0
+
+log = structlog.get_logger()
 
 
 class Departing:
@@ -47,6 +55,8 @@ class Departing:
         self._folder = folder
         self._paths = managers.runtime.paths(self.name)
         self._cgroup = managers.runtime.cgroup(self.name)
+        self._backlog: Backlog
+        self._between_rehearsals = threading.Lock()
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -130,7 +140,10 @@ class Departing:
         self.images.mkdir(parents=True, mode=0o700)
         (self._folder / CRIU_CONFIGURATION).write_text("file-validation filesize\n")
         try:
-            with Criu(find_program("criu"), self._managers.runtime.environment()) as criu:
+            with (
+                Criu(find_program("criu"), self._managers.runtime.environment()) as criu,
+                closing(Backlog(self.name)) as self._backlog,
+            ):
                 _note_criu(self._folder, criu.pid)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
                 yield _Dump(criu, self._request(), self._cgroup.freeze)
@@ -145,8 +158,20 @@ class Departing:
 
     def freeze(self) -> None:
         """Every task is stopped on return, and what its kernel still sends no longer draws the traffic back here."""
-        self._cgroup.freeze()
+        with self._between_rehearsals:
+            self._cgroup.freeze()
+            self._accept_all()
         self._managers.networks.give_way(self.name, interfaces(self.spec))
+
+    def _accept_all(self) -> None:
+        """Let it run for moments until it has accepted every connection, so that none is lost; within limits."""
+        deadline = time.monotonic() + (ACCEPT_PATIENCE_S if self._record.state is State.RUNNING else 0)
+        while (waiting := self._backlog.waiting()) and time.monotonic() < deadline:
+            self._cgroup.thaw()
+            time.sleep(ACCEPT_S)
+            self._cgroup.freeze()
+        if waiting:
+            log.warning("connections that it has not accepted are reset", container=self.name, connections=waiting)
 
     def disconnect(self) -> None:
         """Nothing reaches or leaves the container any more."""
@@ -158,6 +183,9 @@ class Departing:
 
         A first FIFREEZE writes out the journal and waits for three RCU grace periods, some 40 ms; the next one takes a
         fifth of a millisecond if it comes before another grace period has passed (rcu_sync_enter in the kernel).
+
+        Not while the tasks are being frozen: one that waits to write is given the file system's lock by the thaw,
+        would keep it while it is frozen, and no later freeze of the file system would come to an end.
         """
         mounts, once, enough = list(self._mounted()), threading.Event(), threading.Event()
 
@@ -168,12 +196,13 @@ class Departing:
                     filesystem.thaw(mount.at)
                 once.set()
                 while mounts and not enough.wait(REHEARSAL_S):
-                    for mount in list(mounts):
-                        began = time.monotonic()
-                        filesystem.freeze(mount.at)
-                        filesystem.thaw(mount.at)
-                        if time.monotonic() - began > REHEARSAL_S:
-                            mounts.remove(mount)  # XFS writes its log each time: there is nothing to gain
+                    with self._between_rehearsals:
+                        for mount in list(mounts):
+                            began = time.monotonic()
+                            filesystem.freeze(mount.at)
+                            filesystem.thaw(mount.at)
+                            if time.monotonic() - began > REHEARSAL_S:
+                                mounts.remove(mount)  # XFS writes its log each time: there is nothing to gain
             finally:
                 once.set()
 

@@ -70,7 +70,7 @@ def write_identity(root: Path, hostname: str, addresses: list[str], resolver: st
 
 
 def make_mount_points(root: Path) -> None:
-    """/dev/shm for everybody: runc (1.1) gives a tmpfs the mode of the folder that it covers, whatever its options say."""
+    """/dev/shm for everybody: runc 1.1 gives a tmpfs the mode of the folder that it covers, not that of its options."""
     for parent, name, mode in (("/", "dev", 0o755), ("/dev", "shm", 0o1777)):
         with opened_in(root, parent, os.O_RDONLY | os.O_DIRECTORY) as folder, suppress(FileExistsError):
             os.mkdir(name, mode, dir_fd=folder)

@@ -132,6 +132,8 @@ def _dump_message(request: DumpRequest, images: int, work: int) -> rpc.criu_req:
         root=str(request.root),
         leave_running=True,
         tcp_established=True,
+        # Connections that were not accepted by the freeze: reset at the other end, where they would fail the dump.
+        tcp_skip_in_flight=True,
         file_locks=True,
         evasive_devices=True,
         link_remap=True,

@@ -27,6 +27,28 @@ echo 'keepalive_requests 10000000;' >/etc/nginx/conf.d/keepalive.conf
 exec nginx -g 'daemon off;'
 """
 
+# Four threads, each request on a connection of its own; prints how many were answered, and each failure.
+NEW_CONNECTIONS = """
+import json, signal, sys, threading, urllib.request
+stop, done, failed = threading.Event(), [], []
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+def ask():
+    while not stop.is_set():
+        try:
+            urllib.request.urlopen(sys.argv[1], timeout=10).read()
+            done.append(1)
+        except OSError as error:
+            failed.append(repr(error))
+threads = [threading.Thread(target=ask) for _ in range(4)]
+for thread in threads:
+    thread.start()
+while not stop.wait(0.1):
+    pass
+for thread in threads:
+    thread.join()
+print(json.dumps({"answers": len(done), "failed": failed}))
+"""
+
 
 def back_and_forth(moves: int) -> list[tuple[str, str]]:
     """Source and destination of each move, beginning at host-a."""
@@ -163,3 +185,24 @@ def test_nginx_with_keep_alive_clients(lab: Lab) -> None:
     assert report["wrong"] == 0
     assert report["kept"] == 20
     assert report["answers"] > 100
+
+
+def test_new_connections_while_it_moves(lab: Lab) -> None:
+    """A server whose queue of connections is hardly ever empty; at most what comes in a few milliseconds is reset."""
+    address = "10.77.2.105"
+    lab.image("host-a", "tools", "nginx-light", "python3")
+    lab.start("host-a", "new", "tools", "--ip", f"{address}/16", command=["sh", "-c", NGINX])
+    url = f"http://{address}/data"
+    fetch = ("python3", "-c", f"import urllib.request as u; u.urlopen('{url}')")
+    eventually("nginx answers", lambda: lab.client(*fetch).returncode == 0)
+    moves = back_and_forth(4)
+    with lab.background("client", "python3", "-c", NEW_CONNECTIONS, url) as client:
+        for source, destination in moves:
+            lab.migrate("new", source, destination)
+        client.terminate()
+        out, err = client.communicate(timeout=60)
+    assert client.returncode == 0, err
+    report = json.loads(out)
+    print(report)
+    assert report["answers"] > 1000
+    assert len(report["failed"]) <= 2 * len(moves), report["failed"]
