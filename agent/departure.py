@@ -31,6 +31,8 @@ from migrator.v1 import container_pb2, peer_pb2
 DUMP_TIMEOUT_S = 120.0
 WARM_UP_TIMEOUT_S = 10.0
 REHEARSAL_S = 0.003
+# One slow rehearsal may be a busy processor.
+SLOW_REHEARSALS = 3
 # A busy listener is found empty after a few tries; one that nobody accepts from never is.
 ACCEPT_PATIENCE_S = 0.1
 ACCEPT_S = 0.002
@@ -187,22 +189,25 @@ class Departing:
         Not while the tasks are being frozen: one that waits to write is given the file system's lock by the thaw,
         would keep it while it is frozen, and no later freeze of the file system would come to an end.
         """
-        mounts, once, enough = list(self._mounted()), threading.Event(), threading.Event()
+        mounts = {mount.at: 0 for mount in self._mounted()}
+        once, enough = threading.Event(), threading.Event()
 
         def rehearse() -> None:
             try:
-                for mount in mounts:
-                    filesystem.freeze(mount.at)
-                    filesystem.thaw(mount.at)
+                for at in mounts:
+                    filesystem.freeze(at)
+                    filesystem.thaw(at)
                 once.set()
                 while mounts and not enough.wait(REHEARSAL_S):
                     with self._between_rehearsals:
-                        for mount in list(mounts):
+                        for at in list(mounts):
                             began = time.monotonic()
-                            filesystem.freeze(mount.at)
-                            filesystem.thaw(mount.at)
-                            if time.monotonic() - began > REHEARSAL_S:
-                                mounts.remove(mount)  # XFS writes its log each time: there is nothing to gain
+                            filesystem.freeze(at)
+                            filesystem.thaw(at)
+                            is_slow = time.monotonic() - began > REHEARSAL_S
+                            mounts[at] = mounts[at] + 1 if is_slow else 0
+                            if mounts[at] == SLOW_REHEARSALS:
+                                del mounts[at]  # XFS writes its log each time: there is nothing to gain
             finally:
                 once.set()
 

@@ -1,11 +1,15 @@
 """`migrator hosts` and `migrator doctor`."""
 
+import subprocess
+import sys
+
 import click
 
 from migrator.cli import output
 from migrator.cli.base import Command, settings
 from migrator.cli.connection import READ_S, agent
-from migrator.errors import Exit
+from migrator.cli.settings import endpoint
+from migrator.errors import Exit, Unreachable
 from migrator.units import format_size
 from migrator.v1 import host_pb2
 from migrator.v1.host_pb2_grpc import HostServiceStub
@@ -29,7 +33,7 @@ def hosts() -> None:
         [
             host.name,
             host.address,
-            "yes" if host.reachable else f"no: {host.error}",
+            "yes" if host.reachable else "no",
             host.version or "-",
             host.kernel or "-",
             f"{host.containers_running}/{host.containers_total}" if host.reachable else "-",
@@ -39,13 +43,25 @@ def hosts() -> None:
         for host in found
     ]
     output.write_table(["HOST", "ADDRESS", "REACHABLE", "VERSION", "KERNEL", "RUNNING", "MEMORY", "DISK"], rows)
+    for host in found:
+        if not host.reachable:
+            print(f"{host.name}: {output.printable(host.error)}", file=sys.stderr)
 
 
 @click.command(cls=Command)
 def doctor() -> int:
-    """Tell what this host has of what it needs, and what to do about the rest. Exit code 3 if there is a problem."""
-    with agent() as channel:
-        findings = HostServiceStub(channel).Diagnose(host_pb2.DiagnoseRequest(), timeout=READ_S * 2).findings
+    """Tell what this host has of what it needs, and what to do about the rest. Exit code 3 if there is a problem.
+
+    Where no agent runs, this machine is looked at directly.
+    """
+    try:
+        with agent() as channel:
+            findings = HostServiceStub(channel).Diagnose(host_pb2.DiagnoseRequest(), timeout=READ_S * 2).findings
+    except Unreachable as error:
+        if endpoint(settings()).socket is None:
+            raise
+        print(f"{error}; looking by itself", file=sys.stderr)
+        return subprocess.run([sys.executable, "-m", "agent.doctor", "-o", settings().output], check=False).returncode
     if settings().json:
         output.write_json([output.to_object(finding) for finding in findings])
     else:

@@ -98,7 +98,7 @@ def interface(text: str) -> container_pb2.Interface:
 def address(text: str, version: int) -> str:
     """An address with its prefix length, in its usual spelling, or auto; version 0 takes either."""
     if text == "auto":
-        return text
+        return f"auto{version or ''}"
     if "/" not in text:
         raise InvalidArgument(f"address {text!r} has no prefix length: write it like 10.77.2.101/16")
     try:

@@ -80,7 +80,7 @@ def test_create_sends_the_whole_spec(agent: FakeAgent) -> None:
         ("/", 2 << 30, ""),
         ("/data", 10 << 30, "xfs"),
     ]
-    assert [list(i.addresses) for i in spec.interfaces] == [["auto", "fd00::5/64"], ["10.1.0.2/24"]]
+    assert [list(i.addresses) for i in spec.interfaces] == [["auto4", "fd00::5/64"], ["10.1.0.2/24"]]
     assert [(p.host_port, p.container_port, p.protocol) for p in spec.ports] == [(8080, 80, "tcp"), (53, 53, "udp")]
     assert spec.binds[0].read_only and spec.binds[0].shared and spec.binds[0].target == "/srv"
     assert (spec.memory_limit_bytes, spec.cpu_millis) == (512 << 20, 1500)
