@@ -59,8 +59,11 @@ class Host:
         try:
             pid = int((root / "run/lab-agent.pid").read_text())
             command = (root / f"proc/{pid}/cmdline").read_bytes()
+            state = (root / f"proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, ValueError):
             return 0
+        if not command and state != "Z":
+            return pid  # in the middle of an exec
         return pid if b"agent" in command else 0
 
 
