@@ -273,9 +273,7 @@ def test_held_syn_is_answered_without_a_retransmission(site: Site, host_a: Host,
         connection.close()
         info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
         assert info[0] == 1 or info[0] == 8  # established, or closed by the other side
-        retransmitted = int.from_bytes(info[100:104], "little")  # tcpi_total_retrans
-    # A busy machine may hold them for longer than the first retransmission timeout.
-    assert retransmitted == 0 or held_s > 0.15, (retransmitted, held_s)
+        assert int.from_bytes(info[100:104], "little") == 0  # tcpi_total_retrans
 
 
 def test_established_connection_keeps_its_large_segments(site: Site, host_a: Host) -> None:
@@ -315,7 +313,9 @@ def test_established_connection_keeps_its_large_segments(site: Site, host_a: Hos
             receiver.join(5.0)
         info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     assert received.digest() == hashlib.sha256(payload * 2).digest()
-    assert int.from_bytes(info[100:104], "little") == 0  # tcpi_total_retrans
+    retransmitted = int.from_bytes(info[100:104], "little")  # tcpi_total_retrans
+    # A busy machine may hold them for longer than the first retransmission timeout.
+    assert retransmitted == 0 or held_s > 0.15, (retransmitted, held_s)
 
 
 def test_full_hold_drops_the_newest_and_counts(site: Site, host_a: Host, host_b: Host) -> None:
