@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17migrator/v1/image.proto\x12\x0bmigrator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x97\x01\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x03\x12\x12\n\nfilesystem\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06origin\x18\x06 \x01(\t\"g\n\x11\x42uildImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05suite\x18\x02 \x01(\t\x12\x10\n\x08packages\x18\x03 \x03(\t\x12\x12\n\nfilesystem\x18\x04 \x01(\t\x12\x0f\n\x07refresh\x18\x05 \x01(\x08\"I\n\x12\x42uildImageResponse\x12\x10\n\x08progress\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.migrator.v1.Image\"D\n\x12ImportImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nfilesystem\x18\x03 \x01(\t\"J\n\x13ImportImageResponse\x12\x10\n\x08progress\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.migrator.v1.Image\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetImageResponse\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.migrator.v1.Image\"\x13\n\x11ListImagesRequest\"8\n\x12ListImagesResponse\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.migrator.v1.Image\"\"\n\x12\x44\x65leteImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteImageResponse2\x9d\x03\n\x0cImageService\x12O\n\nBuildImage\x12\x1e.migrator.v1.BuildImageRequest\x1a\x1f.migrator.v1.BuildImageResponse0\x01\x12R\n\x0bImportImage\x12\x1f.migrator.v1.ImportImageRequest\x1a .migrator.v1.ImportImageResponse0\x01\x12G\n\x08GetImage\x12\x1c.migrator.v1.GetImageRequest\x1a\x1d.migrator.v1.GetImageResponse\x12M\n\nListImages\x12\x1e.migrator.v1.ListImagesRequest\x1a\x1f.migrator.v1.ListImagesResponse\x12P\n\x0b\x44\x65leteImage\x12\x1f.migrator.v1.DeleteImageRequest\x1a .migrator.v1.DeleteImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17migrator/v1/image.proto\x12\x0bmigrator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x97\x01\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x03\x12\x12\n\nfilesystem\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06origin\x18\x06 \x01(\t\"g\n\x11\x42uildImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05suite\x18\x02 \x01(\t\x12\x10\n\x08packages\x18\x03 \x03(\t\x12\x12\n\nfilesystem\x18\x04 \x01(\t\x12\x0f\n\x07refresh\x18\x05 \x01(\x08\"I\n\x12\x42uildImageResponse\x12\x10\n\x08progress\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.migrator.v1.Image\"\xa3\x01\n\x12ImportImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nfilesystem\x18\x03 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x04 \x01(\t\x12\x10\n\x08snapshot\x18\x05 \x01(\t\x12\x16\n\tpartition\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rkeep_identity\x18\x07 \x01(\x08\x42\x0c\n\n_partition\"J\n\x13ImportImageResponse\x12\x10\n\x08progress\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.migrator.v1.Image\"0\n\x0cUploadedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"-\n\rUploadedPiece\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xa9\x01\n\x12UploadImageRequest\x12\x30\n\x05start\x18\x01 \x01(\x0b\x32\x1f.migrator.v1.ImportImageRequestH\x00\x12)\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x19.migrator.v1.UploadedFileH\x00\x12+\n\x05piece\x18\x03 \x01(\x0b\x32\x1a.migrator.v1.UploadedPieceH\x00\x42\t\n\x07request\"J\n\x13UploadImageResponse\x12\x10\n\x08progress\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.migrator.v1.Image\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetImageResponse\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.migrator.v1.Image\"\x13\n\x11ListImagesRequest\"8\n\x12ListImagesResponse\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.migrator.v1.Image\"\"\n\x12\x44\x65leteImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteImageResponse2\xf3\x03\n\x0cImageService\x12O\n\nBuildImage\x12\x1e.migrator.v1.BuildImageRequest\x1a\x1f.migrator.v1.BuildImageResponse0\x01\x12R\n\x0bImportImage\x12\x1f.migrator.v1.ImportImageRequest\x1a .migrator.v1.ImportImageResponse0\x01\x12T\n\x0bUploadImage\x12\x1f.migrator.v1.UploadImageRequest\x1a .migrator.v1.UploadImageResponse(\x01\x30\x01\x12G\n\x08GetImage\x12\x1c.migrator.v1.GetImageRequest\x1a\x1d.migrator.v1.GetImageResponse\x12M\n\nListImages\x12\x1e.migrator.v1.ListImagesRequest\x1a\x1f.migrator.v1.ListImagesResponse\x12P\n\x0b\x44\x65leteImage\x12\x1f.migrator.v1.DeleteImageRequest\x1a .migrator.v1.DeleteImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,22 +38,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUILDIMAGEREQUEST']._serialized_end=330
   _globals['_BUILDIMAGERESPONSE']._serialized_start=332
   _globals['_BUILDIMAGERESPONSE']._serialized_end=405
-  _globals['_IMPORTIMAGEREQUEST']._serialized_start=407
-  _globals['_IMPORTIMAGEREQUEST']._serialized_end=475
-  _globals['_IMPORTIMAGERESPONSE']._serialized_start=477
-  _globals['_IMPORTIMAGERESPONSE']._serialized_end=551
-  _globals['_GETIMAGEREQUEST']._serialized_start=553
-  _globals['_GETIMAGEREQUEST']._serialized_end=584
-  _globals['_GETIMAGERESPONSE']._serialized_start=586
-  _globals['_GETIMAGERESPONSE']._serialized_end=639
-  _globals['_LISTIMAGESREQUEST']._serialized_start=641
-  _globals['_LISTIMAGESREQUEST']._serialized_end=660
-  _globals['_LISTIMAGESRESPONSE']._serialized_start=662
-  _globals['_LISTIMAGESRESPONSE']._serialized_end=718
-  _globals['_DELETEIMAGEREQUEST']._serialized_start=720
-  _globals['_DELETEIMAGEREQUEST']._serialized_end=754
-  _globals['_DELETEIMAGERESPONSE']._serialized_start=756
-  _globals['_DELETEIMAGERESPONSE']._serialized_end=777
-  _globals['_IMAGESERVICE']._serialized_start=780
-  _globals['_IMAGESERVICE']._serialized_end=1193
+  _globals['_IMPORTIMAGEREQUEST']._serialized_start=408
+  _globals['_IMPORTIMAGEREQUEST']._serialized_end=571
+  _globals['_IMPORTIMAGERESPONSE']._serialized_start=573
+  _globals['_IMPORTIMAGERESPONSE']._serialized_end=647
+  _globals['_UPLOADEDFILE']._serialized_start=649
+  _globals['_UPLOADEDFILE']._serialized_end=697
+  _globals['_UPLOADEDPIECE']._serialized_start=699
+  _globals['_UPLOADEDPIECE']._serialized_end=744
+  _globals['_UPLOADIMAGEREQUEST']._serialized_start=747
+  _globals['_UPLOADIMAGEREQUEST']._serialized_end=916
+  _globals['_UPLOADIMAGERESPONSE']._serialized_start=918
+  _globals['_UPLOADIMAGERESPONSE']._serialized_end=992
+  _globals['_GETIMAGEREQUEST']._serialized_start=994
+  _globals['_GETIMAGEREQUEST']._serialized_end=1025
+  _globals['_GETIMAGERESPONSE']._serialized_start=1027
+  _globals['_GETIMAGERESPONSE']._serialized_end=1080
+  _globals['_LISTIMAGESREQUEST']._serialized_start=1082
+  _globals['_LISTIMAGESREQUEST']._serialized_end=1101
+  _globals['_LISTIMAGESRESPONSE']._serialized_start=1103
+  _globals['_LISTIMAGESRESPONSE']._serialized_end=1159
+  _globals['_DELETEIMAGEREQUEST']._serialized_start=1161
+  _globals['_DELETEIMAGEREQUEST']._serialized_end=1195
+  _globals['_DELETEIMAGERESPONSE']._serialized_start=1197
+  _globals['_DELETEIMAGERESPONSE']._serialized_end=1218
+  _globals['_IMAGESERVICE']._serialized_start=1221
+  _globals['_IMAGESERVICE']._serialized_end=1720
 # @@protoc_insertion_point(module_scope)

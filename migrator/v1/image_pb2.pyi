@@ -48,16 +48,58 @@ class BuildImageResponse(_message.Message):
     def __init__(self, progress: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
 
 class ImportImageRequest(_message.Message):
-    __slots__ = ("name", "path", "filesystem")
+    __slots__ = ("name", "path", "filesystem", "format", "snapshot", "partition", "keep_identity")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     FILESYSTEM_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    KEEP_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     filesystem: str
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., filesystem: _Optional[str] = ...) -> None: ...
+    format: str
+    snapshot: str
+    partition: int
+    keep_identity: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., filesystem: _Optional[str] = ..., format: _Optional[str] = ..., snapshot: _Optional[str] = ..., partition: _Optional[int] = ..., keep_identity: _Optional[bool] = ...) -> None: ...
 
 class ImportImageResponse(_message.Message):
+    __slots__ = ("progress", "image")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    progress: str
+    image: Image
+    def __init__(self, progress: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+
+class UploadedFile(_message.Message):
+    __slots__ = ("name", "size_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class UploadedPiece(_message.Message):
+    __slots__ = ("offset", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadImageRequest(_message.Message):
+    __slots__ = ("start", "file", "piece")
+    START_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    start: ImportImageRequest
+    file: UploadedFile
+    piece: UploadedPiece
+    def __init__(self, start: _Optional[_Union[ImportImageRequest, _Mapping]] = ..., file: _Optional[_Union[UploadedFile, _Mapping]] = ..., piece: _Optional[_Union[UploadedPiece, _Mapping]] = ...) -> None: ...
+
+class UploadImageResponse(_message.Message):
     __slots__ = ("progress", "image")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]

@@ -45,6 +45,11 @@ class ImageServiceStub:
                 request_serializer=migrator_dot_v1_dot_image__pb2.ImportImageRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_image__pb2.ImportImageResponse.FromString,
                 _registered_method=True)
+        self.UploadImage = channel.stream_stream(
+                '/migrator.v1.ImageService/UploadImage',
+                request_serializer=migrator_dot_v1_dot_image__pb2.UploadImageRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_image__pb2.UploadImageResponse.FromString,
+                _registered_method=True)
         self.GetImage = channel.unary_unary(
                 '/migrator.v1.ImageService/GetImage',
                 request_serializer=migrator_dot_v1_dot_image__pb2.GetImageRequest.SerializeToString,
@@ -74,7 +79,16 @@ class ImageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportImage(self, request, context):
-        """Unpacks a root file system tarball that is on the host: plain, gzip or zstd.
+        """Makes an image of a root file system tarball or a disk image that is on the host. Fails with BAD_TARBALL, BAD_IMAGE,
+        UNKNOWN_FORMAT, NO_SPACE; nothing is left then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadImage(self, request_iterator, context):
+        """The same with files that the caller sends. The first message carries start, then come the files one after another:
+        its name and size, and those pieces of it that are not holes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +125,11 @@ def add_ImageServiceServicer_to_server(servicer, server):
                     servicer.ImportImage,
                     request_deserializer=migrator_dot_v1_dot_image__pb2.ImportImageRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_image__pb2.ImportImageResponse.SerializeToString,
+            ),
+            'UploadImage': grpc.stream_stream_rpc_method_handler(
+                    servicer.UploadImage,
+                    request_deserializer=migrator_dot_v1_dot_image__pb2.UploadImageRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_image__pb2.UploadImageResponse.SerializeToString,
             ),
             'GetImage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetImage,
@@ -183,6 +202,33 @@ class ImageService:
             '/migrator.v1.ImageService/ImportImage',
             migrator_dot_v1_dot_image__pb2.ImportImageRequest.SerializeToString,
             migrator_dot_v1_dot_image__pb2.ImportImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/migrator.v1.ImageService/UploadImage',
+            migrator_dot_v1_dot_image__pb2.UploadImageRequest.SerializeToString,
+            migrator_dot_v1_dot_image__pb2.UploadImageResponse.FromString,
             options,
             channel_credentials,
             insecure,
