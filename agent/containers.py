@@ -15,7 +15,7 @@ import structlog
 from agent import oci, processes
 from agent.assembly import Assembly
 from agent.cgroup import Cgroup
-from agent.container_needs import Addresses, Images
+from agent.container_needs import Addresses, Images, Snapshots
 from agent.container_records import Record, Records, State, now_ms
 from agent.database import Database
 from agent.executor import Execution
@@ -41,13 +41,20 @@ class Containers:
     """All containers of this host; thread-safe. Call `reconcile` once before use, and `close`."""
 
     def __init__(
-        self, database: Database, runtime: Runtime, assembly: Assembly, images: Images, addresses: Addresses
+        self,
+        database: Database,
+        runtime: Runtime,
+        assembly: Assembly,
+        images: Images,
+        addresses: Addresses,
+        snapshots: Snapshots,
     ) -> None:
         self._records = Records(database)
         self._runtime = runtime
         self._assembly = assembly
         self._images = images
         self._addresses = addresses
+        self._snapshots = snapshots
         self._leases = Leases()
         self._watcher = ExitWatcher()
         self._clock = RestartClock()
@@ -299,6 +306,8 @@ class Containers:
         with ExitStack() as undo:
             # What a crash or a reboot has left would be in the way.
             self._take_down(record)
+            record = self._snapshots.settle(name)
+            spec = record.spec
             undo.callback(self._take_down, record)
             self._assembly.up(name, spec)
             launched = self._runtime.launch(name).result()
@@ -381,6 +390,7 @@ class Containers:
         self._clock.cancel(record.name)
         self._take_down(record)
         self._assembly.delete(record.name, record.spec)
+        self._snapshots.delete_all(record.name)
         self._records.delete(record.name)
 
     def _init(self, record: Record) -> Process | None:

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import structlog
 
-from agent import arrival, container_records, examination, hosts, images, journal, migrations, template
+from agent import (
+    arrival,
+    container_records,
+    examination,
+    hosts,
+    images,
+    journal,
+    migrations,
+    snapshot_records,
+    template,
+)
 from agent.assembly import Assembly
 from agent.assignment import Assignment, Publisher
 from agent.config import Config
@@ -28,6 +38,8 @@ from agent.services.hosts import HostService
 from agent.services.images import ImageService
 from agent.services.migrations import MigrationService
 from agent.services.peer import PeerService
+from agent.services.snapshots import SnapshotService
+from agent.snapshots import SnapshotKeeper, Snapshots
 from blockdev import pool
 from blockdev.volume import VolumeStore
 from migrator.destination import Arrivals
@@ -38,9 +50,10 @@ from migrator.v1 import (
     image_pb2_grpc,
     migration_pb2_grpc,
     peer_pb2_grpc,
+    snapshot_pb2_grpc,
 )
 
-SCHEMAS = (container_records.SCHEMA, images.SCHEMA, journal.SCHEMA, migrations.SCHEMA)
+SCHEMAS = (container_records.SCHEMA, images.SCHEMA, journal.SCHEMA, migrations.SCHEMA, snapshot_records.SCHEMA)
 TEND_INTERVAL_S = 1.0
 
 log = structlog.get_logger()
@@ -52,6 +65,7 @@ class Agent:
 
     managers: Managers
     images: Images
+    snapshots: Snapshots
     hosts: Hosts
     migrations: Migrations
     arrivals: Arrivals
@@ -66,6 +80,7 @@ class Agent:
         template.sweep(config.cache_dir)
         # First of all: a container whose migration is not finished must not be started again by its restart policy.
         self.migrations.claim()
+        self.snapshots.recover()
         self.managers.containers.reconcile()
         self.arrivals.recover()
         self.migrations.recover()
@@ -80,6 +95,7 @@ class Agent:
         container = ContainerService(managers.containers, config.host, self.migrations.of)
         image = ImageService(self.images, config.cache_dir)
         host = HostService(self.hosts, config)
+        snapshot = SnapshotService(self.snapshots)
         migration = MigrationService(self.migrations)
         peer = PeerService(self.arrival_host, self.arrivals, self.migrations)
         return [
@@ -90,6 +106,10 @@ class Agent:
             Service(
                 "migrator.v1.ImageService",
                 lambda server: image_pb2_grpc.add_ImageServiceServicer_to_server(image, server),
+            ),
+            Service(
+                "migrator.v1.SnapshotService",
+                lambda server: snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server(snapshot, server),
             ),
             Service(
                 "migrator.v1.HostService",
@@ -121,15 +141,17 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
     resources.callback(networks.close)
     assembly = Assembly(runtime, volumes, networks, Publisher())
     image_store = Images(database, folder / "images", config.run_dir / "images")
-    containers = Containers(database, runtime, assembly, image_store, Assignment(config))
+    keeper = SnapshotKeeper(database, assembly, volumes, folder / "snapshots")
+    containers = Containers(database, runtime, assembly, image_store, Assignment(config), keeper)
     resources.callback(containers.close)
-    managers = Managers(config, config_file, database, runtime, volumes, networks, assembly, containers)
+    managers = Managers(config, config_file, database, runtime, volumes, image_store, networks, assembly, containers)
     here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
     incomings = Incomings(database)
     arrival_host = arrival.ArrivingHost(managers, here, incomings)
     return Agent(
         managers=managers,
         images=image_store,
+        snapshots=Snapshots(keeper, containers),
         hosts=Hosts(config, containers, folder, metadata.version("migrator")),
         migrations=Migrations(managers, here),
         arrivals=Arrivals(arrival_host, incomings),

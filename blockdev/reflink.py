@@ -3,10 +3,15 @@
 import errno
 import fcntl
 import os
+import struct
 import tempfile
 from pathlib import Path
 
-_FICLONE = 0x40049409  # _IOW(0x94, 9, int) of linux/fs.h
+from blockdev.extents import Range
+
+# _IOW(0x94, 9, int) and _IOW(0x94, 13, struct file_clone_range) of linux/fs.h
+_FICLONE, _FICLONERANGE = 0x40049409, 0x4020940D
+_RANGE = struct.Struct("=q3Q")
 
 
 def supported(folder: Path) -> bool:
@@ -39,3 +44,16 @@ def clone(source: Path, target: Path) -> None:
             os.close(copy)
     finally:
         os.close(original)
+
+
+def clone_range(source: int, target: int, part: Range) -> None:
+    """Let the target file share a range with the source file, at the same place; holes become holes.
+
+    Both are descriptors, the range is of whole blocks of their file system, or ends with the source. Writes to the
+    source wait meanwhile: on XFS 10 to 15 us per extent, one tenth of that where the two share it already.
+    """
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, _RANGE.pack(source, part.start, part.length, part.start))
+    except OSError as error:
+        what = f"{part.length} bytes at {part.start}"
+        raise OSError(error.errno, f"FICLONERANGE: {error.strerror}", what) from error

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockdev import filesystem, loop, reflink
+from blockdev import durable, filesystem, loop, reflink
 from blockdev.errors import BlockError
 from blockdev.loop import LoopDevice
 
@@ -84,9 +84,36 @@ class VolumeStore:
 
         return self._finish(name, kind, fill)
 
-    def receive(self, name: str, size_bytes: int, kind: str) -> Volume:
-        """A sparse image without anything in it: its contents come from elsewhere."""
-        return self._finish(name, kind, lambda path: _sparse(path, size_bytes))
+    def replace(self, name: str, source_image: Path) -> None:
+        """Let a volume at rest be a clone of this image, identity and size included; durable on return.
+
+        Raises BlockError if there is no such volume, or it is attached. Interrupted, it is the one or the other.
+        """
+        path = self.open(name).path
+        if loop.find(path):
+            raise BlockError(f"volume {name} is in use: it cannot be replaced")
+        unfinished = path.with_name(path.name + UNFINISHED)
+        unfinished.unlink(missing_ok=True)
+        try:
+            reflink.clone(source_image, unfinished)
+            durable.sync(unfinished)
+            unfinished.rename(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        durable.sync(self.folder)
+
+    def receive(self, name: str, size_bytes: int, kind: str, base: Path | None = None) -> Volume:
+        """A sparse image with nothing in it but what `base` has: the rest comes from elsewhere."""
+
+        def fill(path: Path) -> None:
+            if base is None:
+                _sparse(path, size_bytes)
+            else:
+                reflink.clone(base, path)
+                os.truncate(path, size_bytes)
+
+        return self._finish(name, kind, fill)
 
     def open(self, name: str, kind: str = "") -> Volume:
         """A volume that is there; `kind` is needed only to mount it. Raises BlockError if there is none."""

@@ -30,9 +30,10 @@ def names(kind: str, ctx: click.Context) -> list[str]:
     from migrator.cli.connection import open_channel
     from migrator.cli.settings import endpoint, peer_names
     from migrator.errors import MigratorError
-    from migrator.v1 import container_pb2, image_pb2
+    from migrator.v1 import container_pb2, image_pb2, snapshot_pb2
     from migrator.v1.container_pb2_grpc import ContainerServiceStub
     from migrator.v1.image_pb2_grpc import ImageServiceStub
+    from migrator.v1.snapshot_pb2_grpc import SnapshotServiceStub
 
     try:
         if kind == "host":
@@ -43,6 +44,10 @@ def names(kind: str, ctx: click.Context) -> list[str]:
                     container_pb2.ListContainersRequest(), timeout=1
                 )
                 return [container.name for container in containers.containers]
+            if kind == "snapshot":
+                of = snapshot_pb2.ListSnapshotsRequest(container=ctx.params.get("container") or "")
+                snapshots = SnapshotServiceStub(channel).ListSnapshots(of, timeout=1)
+                return [snapshot.name for snapshot in snapshots.snapshots]
             images = ImageServiceStub(channel).ListImages(image_pb2.ListImagesRequest(), timeout=1)
             return [image.name for image in images.images]
     except (grpc.RpcError, MigratorError):

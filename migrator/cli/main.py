@@ -28,6 +28,7 @@ COMMANDS = {
     "resume": "containers:resume",
     "rm": "containers:rm",
     "run": "create:run",
+    "snapshot": "snapshots:group",
     "start": "containers:start",
     "stop": "containers:stop",
 }

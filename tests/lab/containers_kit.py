@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import container_records
+from agent import container_records, snapshot_records
 from agent.assembly import Assembly
 from agent.cgroup import Cgroup
 from agent.containers import Containers
@@ -18,6 +18,7 @@ from agent.database import Database
 from agent.network import Networks
 from agent.processes import Process
 from agent.runtime import Runtime
+from agent.snapshots import SnapshotKeeper
 from blockdev.volume import VolumeStore
 from migrator.errors import NotFound
 from migrator.network import Interface, PublishedPort
@@ -95,9 +96,10 @@ class Bench:
         self.containers = self._open()
 
     def _open(self) -> Containers:
-        self.database = Database(self.folder / "state/agent.db", [container_records.SCHEMA])
+        self.database = Database(self.folder / "state/agent.db", [container_records.SCHEMA, snapshot_records.SCHEMA])
         assembly = Assembly(self.runtime, self._volumes, self.networks, NoPublisher())
-        return Containers(self.database, self.runtime, assembly, self._images, NoAddresses())
+        self.keeper = SnapshotKeeper(self.database, assembly, self._volumes, self._volumes.folder.parent / "snapshots")
+        return Containers(self.database, self.runtime, assembly, self._images, NoAddresses(), self.keeper)
 
     def restart_agent(self, away_s: float = 0.0, *, reboot: bool = False) -> None:
         """What a new agent process would know, perhaps after a reboot of the host."""

@@ -9,11 +9,11 @@ from agent import auth
 from agent.auth import Caller
 from migrator.certificates import Role
 from migrator.errors import PermissionDenied
-from migrator.v1 import container_pb2, host_pb2, image_pb2, migration_pb2, peer_pb2, volume_pb2
+from migrator.v1 import container_pb2, host_pb2, image_pb2, migration_pb2, peer_pb2, snapshot_pb2, volume_pb2
 
 FILES: tuple[FileDescriptor, ...] = tuple(
     module.DESCRIPTOR
-    for module in (container_pb2, host_pb2, image_pb2, migration_pb2, peer_pb2, volume_pb2, health_pb2)
+    for module in (container_pb2, host_pb2, image_pb2, migration_pb2, peer_pb2, snapshot_pb2, volume_pb2, health_pb2)
 )
 
 
