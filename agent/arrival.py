@@ -47,6 +47,7 @@ class Arriving:
         self._state = State(container_pb2.ContainerState.Name(request.state).removeprefix("CONTAINER_STATE_").lower())
         self._launch: Launch | None = None
         self._hold: TrafficHold | None = None
+        self.has_base = False
 
     # -- what it consists of ----------------------------------------------------------------------------------------
 
@@ -74,11 +75,23 @@ class Arriving:
             self._paths.bundle.mkdir(parents=True, mode=0o700, exist_ok=True)
             (self._paths.bundle / REQUEST).write_bytes(self._request.SerializeToString())
             for index, volume in enumerate(self._spec.volumes):
-                self._managers.volumes.receive(volume_name(self._name, index), volume.size_bytes, volume.filesystem)
+                base = self._base(volume) if index == 0 else None
+                self.has_base = self.has_base or base is not None
+                self._managers.volumes.receive(
+                    volume_name(self._name, index), volume.size_bytes, volume.filesystem, base
+                )
             self._folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
             if self._state.is_live:
                 self._prepare_restore()
             undo.pop_all()
+
+    def _base(self, volume: container_pb2.Volume) -> Path | None:
+        """The image that the container was made of, if one of that name is here; it need not be the same."""
+        try:
+            image = self._managers.images.get(self._spec.image)
+        except NotFound:
+            return None
+        return image.path if image.size_bytes <= volume.size_bytes else None
 
     def _prepare_restore(self) -> None:
         freeze = ":"

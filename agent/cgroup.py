@@ -171,22 +171,25 @@ class Cgroup:
 
     def memory_bytes(self) -> int:
         """Memory charged to the group without cached file pages that are not in use; 0 if it cannot be told."""
+        v1, folder = self._memory()
+        statistics = _statistics(folder)
+        if folder is None or not statistics:
+            return 0
+        usage, cached = ("memory.usage_in_bytes", "total_inactive_file") if v1 else ("memory.current", "inactive_file")
+        return max(0, int((folder / usage).read_text()) - statistics.get(cached, 0))
+
+    def unwritten_bytes(self) -> int:
+        """Of the page cache what is still to be written to a disk, as far as it is charged to the group."""
+        v1, folder = self._memory()
+        names = ("total_dirty", "total_writeback") if v1 else ("file_dirty", "file_writeback")
+        statistics = _statistics(folder)
+        return sum(statistics.get(name, 0) for name in names)
+
+    def _memory(self) -> tuple[bool, Path | None]:
+        """Whether memory is counted by version 1, and the group's folder there."""
         v1 = self._mounted.controllers.get("memory")
-        try:
-            if v1 is not None:
-                folder = self._at(v1)
-                usage, cached = int((folder / "memory.usage_in_bytes").read_text()), "total_inactive_file"
-            elif self._mounted.unified is not None:
-                folder = self._at(self._mounted.unified)
-                usage, cached = int((folder / "memory.current").read_text()), "inactive_file"
-            else:
-                return 0
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENODEV):
-                return 0
-            raise
-        return max(0, usage - int(statistics.get(cached, "0")))
+        root = v1 or self._mounted.unified
+        return v1 is not None, None if root is None else self._at(root)
 
     def join(self, pid: int) -> None:
         """Move a process of the host into the group, made if need be, where service managers watch."""
@@ -246,3 +249,14 @@ def _tree(top: Path) -> Iterator[Path]:
     yield top
     for child in sorted(path for path in top.iterdir() if path.is_dir()):
         yield from _tree(child)
+
+
+def _statistics(folder: Path | None) -> dict[str, int]:
+    """The group's memory.stat; empty if there is none."""
+    try:
+        lines = [] if folder is None else (folder / "memory.stat").read_text().splitlines()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return {}
+        raise
+    return {name: int(value) for name, value in (line.split() for line in lines)}

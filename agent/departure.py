@@ -90,6 +90,11 @@ class Departing:
         """As the control group counts it."""
         return self._cgroup.memory_bytes()
 
+    @property
+    def unwritten_bytes(self) -> int:
+        """As the control group counts it."""
+        return self._cgroup.unwritten_bytes()
+
     def stdio(self) -> Sequence[str]:
         """As runc noted it when the first process began: it may have closed or moved its own descriptors since."""
         if not self._record.state.is_live:

@@ -7,6 +7,7 @@ from agent.assembly import Assembly
 from agent.config import Config
 from agent.containers import Containers
 from agent.database import Database
+from agent.images import Images
 from agent.network import Networks
 from agent.runtime import Runtime
 from blockdev.volume import VolumeStore
@@ -21,6 +22,7 @@ class Managers:
     database: Database
     runtime: Runtime
     volumes: VolumeStore
+    images: Images
     networks: Networks
     assembly: Assembly
     containers: Containers

@@ -59,7 +59,7 @@ class Migrations:
             raise InvalidArgument(f"{request.container} is at {host} already", reason="SAME_HOST")
         if min(request.timeout_ms, request.bandwidth_bytes_per_second) < 0:
             raise InvalidArgument("a timeout or a bandwidth below zero")
-        options = Options(request.check_only, request.bandwidth_bytes_per_second)
+        options = Options(request.check_only, request.bandwidth_bytes_per_second, request.verify)
         with ExitStack() as stack:
             name = f"m-{secrets.token_hex(4)}"
             self._managers.containers.record(request.container)

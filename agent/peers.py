@@ -1,15 +1,20 @@
 """Other hosts' agents, called over mutual TLS (`migrator.ports.Peer`)."""
 
+import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import grpc
+import structlog
 
 from agent.config import Config
 from migrator import channel, status
 from migrator.errors import NotFound, Unreachable
 from migrator.handover import Incoming
+from migrator.numbered import Outbound
 from migrator.v1 import peer_pb2, peer_pb2_grpc
 
 QUICK_S = 10.0
@@ -21,6 +26,12 @@ CHECK_S = 0.02
 SLOW_S = 300.0
 # A decision is asked again if it is not answered by then; the answer may already be on the other disk.
 DECIDE_S = 60.0
+
+# A destination that is gone for longer has given the migration up (migrator.destination.GIVE_UP_S).
+RESUME_S = 25.0
+RETRY_S = 0.5
+
+log = structlog.get_logger()
 
 
 class RemotePeer:
@@ -37,6 +48,7 @@ class RemotePeer:
         self._pulse.subscribe(self._note_pulse)
         self._is_urgent = False
         self._check: Callable[[], None] = lambda: None
+        self._streams = itertools.count(1)
 
     def watch(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -58,27 +70,74 @@ class RemotePeer:
             answer: peer_pb2.ExamineResponse = self._urgent.Examine(request, timeout=QUICK_S)
         return answer
 
-    def prepare(self, request: peer_pb2.PrepareRequest) -> None:
-        self._wait(self._stub.Prepare.future(request, timeout=SLOW_S))
+    def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
+        answer: peer_pb2.PrepareResponse = self._wait(self._stub.Prepare.future(request, timeout=SLOW_S))
+        return answer
+
+    def digest_volume(
+        self, migration: str, epoch: int, target: str, chunk_bytes: int
+    ) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        """As long as the peer reads there is no deadline."""
+        request = peer_pb2.DigestVolumeRequest(migration=migration, epoch=epoch, target=target, chunk_bytes=chunk_bytes)
+        with self._errors():
+            for answer in self._stub.DigestVolume(request):
+                self._check()
+                yield answer
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
-        """As long as pieces move there is no deadline; a dead peer is noticed by the channel's keepalive."""
+        """As long as pieces move there is no deadline; a dead peer is noticed by the channel's keepalive.
+
+        While no container waits, a broken connection is waited for, and the stream goes on where it was.
+        """
+        with closing(Outbound(next(self._streams), requests)) as stream:
+            confirmed, patience = -1, 0.0
+            while True:
+                try:
+                    self._attempt(stream)
+                    return
+                except Unreachable as error:
+                    stream.check()
+                    now = time.monotonic()
+                    if stream.confirmed != confirmed:
+                        confirmed, patience = stream.confirmed, now + RESUME_S
+                    if self._is_urgent or now > patience:
+                        raise
+                    log.warning("a stream broke; it goes on when there is a connection", peer=self.host, why=str(error))
+                    self._sleep(RETRY_S)
+
+    def _attempt(self, stream: Outbound) -> None:
         failure: list[BaseException] = []
+        call = self._stub.Send(stream.attempt())
 
-        def watched() -> Iterator[peer_pb2.SendRequest]:
+        def listen() -> None:
             try:
-                yield from requests
+                for answer in call:
+                    stream.answered(answer)
             except BaseException as error:
-                # grpc would only say that the stream broke.
                 failure.append(error)
-                raise
+                call.cancel()
 
-        try:
-            self._wait(self._stub.Send.future(watched()))
-        except Exception:
+        listener = threading.Thread(target=listen, name="send-answers", daemon=True)
+        listener.start()
+        with self._errors():
+            try:
+                while listener.is_alive():
+                    listener.join(CHECK_S)
+                    self._check()
+                    self._feel_pulse()
+            except BaseException:
+                call.cancel()
+                raise
+            stream.check()
             if failure:
-                raise failure[0] from None
-            raise
+                raise failure[0]
+            stream.check_complete()
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._check()
+            time.sleep(CHECK_S)
 
     def hold_traffic(self, migration: str, epoch: int) -> None:
         request = peer_pb2.HoldTrafficRequest(migration=migration, epoch=epoch)

@@ -18,10 +18,11 @@ import structlog
 
 from blockdev import blocks
 from blockdev.errors import BlockError
-from migrator import faults
+from migrator import faults, verify
 from migrator.errors import Busy, ExecutionError, MigratorError, NotFound, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
+from migrator.numbered import Inbound
 from migrator.ports import ArrivalHost, Reservation
 from migrator.stream import Digests, Receiver
 from migrator.v1 import container_pb2, peer_pb2
@@ -29,7 +30,7 @@ from migrator.v1 import container_pb2, peer_pb2
 # A source that is silent for so long is asked what it has decided.
 SILENCE_S = 3.0
 # Nothing was promised before `ready`: a source that cannot be asked for so long is given up.
-GIVE_UP_S = 12.0
+GIVE_UP_S = 30.0
 # A stream that the source has broken off, or that its silence has ended, is over by then.
 STREAM_END_S = 10.0
 
@@ -51,6 +52,7 @@ class Arrival:
         self._live = live
         self._digests = Digests()
         self._receiver = Receiver(self._digests)
+        self._inbound = Inbound(self._store)
         self._lock = threading.RLock()
         self._streams = 0
         self._streams_ended = threading.Condition(self._lock)
@@ -78,19 +80,15 @@ class Arrival:
                 self._refuse("it could not be prepared")
                 raise
 
-    def send(self, requests: Iterator[peer_pb2.SendRequest], first: peer_pb2.SendRequest) -> peer_pb2.SendResponse:
+    def send(
+        self, requests: Iterator[peer_pb2.SendRequest], first: peer_pb2.SendRequest
+    ) -> Iterator[peer_pb2.SendResponse]:
         """Store one stream; several may run side by side, each with targets of its own."""
         with self._lock:
             self._expect(Stage.PREPARED)
             self._streams += 1
-        answer = peer_pb2.SendResponse()
         try:
-            request: peer_pb2.SendRequest | None = first
-            while request is not None:
-                self._store(request)
-                answer.pieces += 1
-                answer.bytes += request.length
-                request = next(requests, None)
+            yield from self._inbound.receive(first, requests)
             faults.point("destination.send")
             # Here, where only the last stream's share falls into the freeze.
             for descriptor, _ in self._volumes.values():
@@ -99,7 +97,23 @@ class Arrival:
             with self._lock:
                 self._streams -= 1
                 self._streams_ended.notify_all()
-        return answer
+
+    def digest(self, target: str, chunk_bytes: int) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        """See `migrator.verify`. Raises PeerError."""
+        with self._lock:
+            self._expect(Stage.PREPARED)
+            if target not in self._volumes or chunk_bytes <= 0 or chunk_bytes % verify.BLOCK_BYTES:
+                raise PeerError(f"digests of {target!r} in chunks of {chunk_bytes}", reason="OUT_OF_ORDER")
+            descriptor, size = self._volumes[target]
+            self._streams += 1
+        try:
+            for answer in verify.answers(verify.digests(descriptor, descriptor, size, chunk_bytes)):
+                self._expect(Stage.PREPARED)
+                yield answer
+        finally:
+            with self._lock:
+                self._streams -= 1
+                self._streams_ended.notify_all()
 
     def hold_traffic(self) -> None:
         """Take the container's frames from the network and keep them."""
@@ -298,7 +312,7 @@ class Arrivals:
         self._preparing: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> None:
+    def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         """Reserve everything; nothing is left if that fails."""
         with self._lock:
             others = [arrival.record.container for arrival in self._arrivals.values() if not arrival.is_over]
@@ -320,6 +334,7 @@ class Arrivals:
             with self._lock:
                 del self._preparing[request.migration]
         arrival.prepare()
+        return peer_pb2.PrepareResponse(has_base=reservation.has_base)
 
     def get(self, source: str, migration: str, epoch: int) -> Arrival:
         """The arrival that a message is about. Raises NotFound also for one that is another source's."""

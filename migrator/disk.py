@@ -2,18 +2,19 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from blockdev import blocks, extents, filesystem
 from blockdev.extents import Range
 from blockdev.tracker import WriteTracker
-from migrator import rounds
+from migrator import rounds, verify
 from migrator.ports import LeavingContainer, LeavingVolume
 from migrator.rounds import Round
 from migrator.stream import Sender
 from migrator.v1 import peer_pb2
+from migrator.verify import BLOCK_BYTES, Chunks
 
 Requests = Iterator[peer_pb2.SendRequest]
 
@@ -47,20 +48,28 @@ class DiskCopy:
             stack.callback(os.close, image)
             self._copies.append(_Copy(f"volume/{index}", volume, descriptor, image, tracker))
 
-    def run_rounds(self, send: Callable[[Requests], None], sender: Sender) -> list[Round]:
-        """The first pass over everything allocated, and rounds while they shrink. What is left is for `last`."""
+    def run_rounds(
+        self, send: Callable[[Requests], None], sender: Sender, bases: Mapping[str, Chunks], waiting: Callable[[], int]
+    ) -> list[Round]:
+        """The first pass over everything allocated, and rounds while they shrink. What is left is for `last`.
+
+        `bases` are the blocks that targets hold at the destination already; `waiting` tells how many bytes the
+        container has written that are still to come to its volumes.
+        """
         self.sync()
         ranges = [allocated(copy.volume) for copy in self._copies]
+        requests = self._first_pass(sender, ranges, bases)
         done: list[Round] = []
         while True:
             began = time.monotonic()
-            send(self._requests(sender, ranges))
+            send(requests)
             done.append(Round(sum(map(extents.total, ranges)), time.monotonic() - began))
             self.sync()
             self._left = [copy.dirty() for copy in self._copies]
-            if not rounds.another(done, sum(map(extents.total, self._left))):
+            if not rounds.another(done, sum(map(extents.total, self._left)) + waiting()):
                 return done
             ranges = self._left
+            requests = self._requests(sender, ranges)
 
     def last(self, sender: Sender) -> Requests:
         """What `run_rounds` has left and what was written since; to be called with the file systems frozen."""
@@ -72,6 +81,31 @@ class DiskCopy:
         for copy in self._copies:
             if copy.volume.at is not None:
                 filesystem.sync(copy.volume.at)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each volume, by target."""
+        return {copy.target: copy.volume.size_bytes for copy in self._copies}
+
+    def digests(self) -> Iterator[tuple[str, dict[int, bytes]]]:
+        """Target and digests of each volume, read anew as it is now."""
+        for copy in self._copies:
+            found = verify.digests(copy.descriptor, copy.image, copy.volume.size_bytes, verify.CHUNK_BYTES)
+            yield copy.target, dict(found)
+
+    def _first_pass(self, sender: Sender, ranges: Sequence[Sequence[Range]], bases: Mapping[str, Chunks]) -> Requests:
+        for copy, allocated_ranges in zip(self._copies, ranges, strict=True):
+            base = bases.get(copy.target)
+            if not base:
+                yield from sender.requests(
+                    copy.target, blocks.read(copy.descriptor, allocated_ranges, image=copy.image)
+                )
+                continue
+            size = copy.volume.size_bytes
+            known = (Range(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in base)
+            wanted = verify.widened([*allocated_ranges, *known], size)
+            pieces = blocks.read(copy.descriptor, wanted, image=copy.image)
+            yield from sender.requests(copy.target, verify.differing(pieces, base))
 
     def _requests(self, sender: Sender, ranges: Sequence[Sequence[Range]]) -> Requests:
         for copy, wanted in zip(self._copies, ranges, strict=True):

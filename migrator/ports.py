@@ -52,6 +52,10 @@ class LeavingContainer(Protocol):
     @property
     def memory_bytes(self) -> int: ...
 
+    @property
+    def unwritten_bytes(self) -> int:
+        """Of the page cache: what the container has written and its volumes have not got yet."""
+
     def stdio(self) -> Sequence[str]:
         """Standard input, output and error of the first process as CRIU names them; empty if it does not run."""
 
@@ -95,6 +99,9 @@ class LeavingContainer(Protocol):
 
 class Reservation(Protocol):
     """A container on its way in: everything of it that exists at the destination."""
+
+    has_base: bool
+    """The first volume began as a clone of the image of the container's name for it."""
 
     @property
     def volumes(self) -> Sequence[Path]:
@@ -156,7 +163,11 @@ class Peer(Protocol):
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
 
-    def prepare(self, request: peer_pb2.PrepareRequest) -> None: ...
+    def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse: ...
+
+    def digest_volume(
+        self, migration: str, epoch: int, target: str, chunk_bytes: int
+    ) -> Iterator[peer_pb2.DigestVolumeResponse]: ...
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None: ...
 

@@ -8,6 +8,7 @@ What may go wrong at each line, and what happens then:
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,10 +16,19 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import disk, faults, recovery
+from migrator import disk, faults, recovery, verify
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
-from migrator.errors import Cancelled, ExecutionError, MigratorError, Precondition, RolledBack, TimedOut, Uncertain
+from migrator.errors import (
+    Cancelled,
+    ExecutionError,
+    MigratorError,
+    PeerError,
+    Precondition,
+    RolledBack,
+    TimedOut,
+    Uncertain,
+)
 from migrator.files import read_file
 from migrator.handover import Decision, HandoverError, OutgoingJournal, Stage
 from migrator.ports import Checkpoint, LeavingContainer, Peer
@@ -41,6 +51,7 @@ class Options:
 
     check_only: bool = False
     bandwidth_bytes_per_s: int = 0
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,9 +132,9 @@ class Departure:
         with ExitStack() as undo:
             try:
                 with phase("prepare"):
-                    checkpoint = self._prepare(undo)
+                    has_base, checkpoint = self._prepare(undo)
                 with phase("precopy"):
-                    copy = self._precopy(undo)
+                    copy = self._precopy(undo, has_base)
                     rehearsal = undo.enter_context(self._rehearse())
                 with phase("freeze"):
                     self._freeze(undo, checkpoint, rehearsal)
@@ -163,10 +174,11 @@ class Departure:
             raise Precondition("; ".join(o.message for o in objections), reason=objections[0].reason)
         return answer.last_epoch
 
-    def _prepare(self, undo: ExitStack) -> Checkpoint | None:
+    def _prepare(self, undo: ExitStack) -> tuple[bool, Checkpoint | None]:
+        """Whether the destination has the first volume's image, and the CRIU that waits."""
         container = self._container
         undo.callback(self._close)
-        self._peer.prepare(
+        prepared = self._peer.prepare(
             peer_pb2.PrepareRequest(
                 migration=self._name,
                 epoch=self._epoch,
@@ -181,16 +193,22 @@ class Departure:
         )
         faults.point("source.prepare")
         if not self._live:
-            return None
+            return prepared.has_base, None
         undo.enter_context(container.guard(self._name))
         undo.callback(self._resume)
-        return undo.enter_context(container.prepare_checkpoint())
+        return prepared.has_base, undo.enter_context(container.prepare_checkpoint())
 
-    def _precopy(self, undo: ExitStack) -> DiskCopy:
+    def _precopy(self, undo: ExitStack, has_base: bool) -> DiskCopy:
         """The disk, and the log so far, while the container runs."""
-        copy = DiskCopy(self._container, undo)
+        container = self._container
+        copy = DiskCopy(container, undo)
         sender = self._sender()
-        copy.run_rounds(self._peer.send, sender)
+        bases = {}
+        if has_base:
+            size = container.volumes[0].size_bytes
+            runs = self._peer.digest_volume(self._name, self._epoch, "volume/0", verify.BLOCK_BYTES)
+            bases["volume/0"] = verify.chunks(runs, size, verify.BLOCK_BYTES)
+        copy.run_rounds(self._peer.send, sender, bases, lambda: container.unwritten_bytes)
         self._peer.send(self._log(sender))
         faults.point("source.precopy")
         return copy
@@ -233,7 +251,23 @@ class Departure:
             yield from self._log(sender)
 
         self._peer.send(requests())
+        if self._options.verify:
+            with self._progress.step("verify"):
+                self._verify(copy)
         faults.point("source.final")
+
+    def _verify(self, copy: DiskCopy) -> None:
+        def ask(target: str, size_bytes: int) -> dict[int, bytes]:
+            runs = self._peer.digest_volume(self._name, self._epoch, target, verify.CHUNK_BYTES)
+            return verify.chunks(runs, size_bytes, verify.CHUNK_BYTES)
+
+        with ThreadPoolExecutor(1) as beside:
+            theirs = {target: beside.submit(ask, target, size) for target, size in copy.sizes.items()}
+            for target, ours in copy.digests():
+                if ours != (there := theirs[target].result()):
+                    first = min(number for number in {*ours, *there} if ours.get(number) != there.get(number))
+                    at = first * verify.CHUNK_BYTES
+                    raise PeerError(f"{target} differs at the two ends, first within 64 MiB from {at}", reason="VERIFY")
 
     def _restore(self) -> None:
         self._progress.check()

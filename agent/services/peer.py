@@ -27,20 +27,25 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         return self._host.examine(request)
 
     def Prepare(self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext) -> peer_pb2.PrepareResponse:
-        self._arrivals.prepare(caller_host(context), request)
-        return peer_pb2.PrepareResponse()
+        return self._arrivals.prepare(caller_host(context), request)
 
     def Send(
         self, request_iterator: Iterator[peer_pb2.SendRequest], context: grpc.ServicerContext
-    ) -> peer_pb2.SendResponse:
+    ) -> Iterator[peer_pb2.SendResponse]:
         first = next(request_iterator, None)
         if first is None:
-            return peer_pb2.SendResponse()
+            return
         arrival = self._arrivals.get(caller_host(context), first.migration, first.epoch)
         try:
-            return arrival.send(request_iterator, first)
+            yield from arrival.send(request_iterator, first)
         except grpc.RpcError as error:
             raise PeerError("the source broke off its stream", reason="STREAM_BROKEN") from error
+
+    def DigestVolume(
+        self, request: peer_pb2.DigestVolumeRequest, context: grpc.ServicerContext
+    ) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        arrival = self._arrivals.get(caller_host(context), request.migration, request.epoch)
+        yield from arrival.digest(request.target, request.chunk_bytes)
 
     def HoldTraffic(
         self, request: peer_pb2.HoldTrafficRequest, context: grpc.ServicerContext

@@ -17,11 +17,19 @@ from migrator.v1.migration_pb2_grpc import MigrationServiceStub
 @click.option("--check-only", is_flag=True, help="Only ask whether it could be moved; nothing is touched.")
 @click.option("--timeout", type=DURATION_MS, metavar="DURATION", help="Roll back if it takes longer, for example 60s.")
 @click.option("--bandwidth", type=RATE, metavar="RATE", help="Limit on all that is sent, for example 2Gbit/s.")
+@click.option("--verify", is_flag=True, help="Compare whole volumes while it stands still; roll back if they differ.")
 @click.option("--detach", is_flag=True, help="Return at once; `migrator migrations watch` shows the rest.")
 @click.argument("container", type=CONTAINER)
 @click.argument("host", type=HOST)
 def command(
-    *, container: str, host: str, check_only: bool, timeout: int | None, bandwidth: int | None, detach: bool
+    *,
+    container: str,
+    host: str,
+    check_only: bool,
+    timeout: int | None,
+    bandwidth: int | None,
+    verify: bool,
+    detach: bool,
 ) -> int:
     """Move a running container from this host to another, live.
 
@@ -49,6 +57,7 @@ def command(
         check_only=check_only,
         timeout_ms=timeout or 0,
         bandwidth_bytes_per_second=bandwidth or 0,
+        verify=verify,
     )
     if detach:
         with agent() as channel:

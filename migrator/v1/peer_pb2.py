@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrator.v1 import container_pb2 as migrator_dot_v1_dot_container__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16migrator/v1/peer.proto\x12\x0bmigrator.v1\x1a\x1bmigrator/v1/container.proto\"\xb0\x01\n\x0e\x45xamineRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x11\n\tcpu_flags\x18\x04 \x03(\t\x12\x14\n\x0c\x63riu_version\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x03\",\n\tObjection\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x97\x01\n\x0f\x45xamineResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12*\n\nobjections\x18\x02 \x03(\x0b\x32\x16.migrator.v1.Objection\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x14\n\x0c\x63riu_version\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\t\x12\x12\n\nlast_epoch\x18\x06 \x01(\x03\"\xeb\x01\n\x0ePrepareRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tcontainer\x18\x03 \x01(\t\x12(\n\x04spec\x18\x04 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.migrator.v1.ContainerState\x12\r\n\x05stdio\x18\x06 \x03(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x16\n\x0e\x63reate_time_ms\x18\x08 \x01(\x03\x12\x15\n\rstart_time_ms\x18\t \x01(\x03\"\x11\n\x0fPrepareResponse\"\xa8\x01\n\x0bSendRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.migrator.v1.Encoding\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\"-\n\x0cSendResponse\x12\x0e\n\x06pieces\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"6\n\x12HoldTrafficRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x15\n\x13HoldTrafficResponse\"\x9d\x01\n\x0eRestoreRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x39\n\x07\x64igests\x18\x03 \x03(\x0b\x32(.migrator.v1.RestoreRequest.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"8\n\x0fRestoreResponse\x12%\n\x05steps\x18\x01 \x03(\x0b\x32\x16.migrator.v1.TimedStep\".\n\tTimedStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"Z\n\rDecideRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\'\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x15.migrator.v1.Decision\"\x87\x01\n\x0e\x44\x65\x63ideResponse\x12)\n\townership\x18\x01 \x01(\x0e\x32\x16.migrator.v1.Ownership\x12\x11\n\tresume_ms\x18\x02 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12%\n\x05steps\x18\x03 \x03(\x0b\x32\x16.migrator.v1.TimedStep\"6\n\x12GetDecisionRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\">\n\x13GetDecisionResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x15.migrator.v1.Decision*_\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_PLAIN\x10\x01\x12\x12\n\x0e\x45NCODING_ZEROS\x10\x02\x12\x11\n\rENCODING_ZSTD\x10\x03*Q\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_RELEASED\x10\x01\x12\x14\n\x10\x44\x45\x43ISION_ABORTED\x10\x02*R\n\tOwnership\x12\x19\n\x15OWNERSHIP_UNSPECIFIED\x10\x00\x12\x13\n\x0fOWNERSHIP_OWNER\x10\x01\x12\x15\n\x11OWNERSHIP_REFUSED\x10\x02\x32\x85\x04\n\x0bPeerService\x12\x44\n\x07\x45xamine\x12\x1b.migrator.v1.ExamineRequest\x1a\x1c.migrator.v1.ExamineResponse\x12\x44\n\x07Prepare\x12\x1b.migrator.v1.PrepareRequest\x1a\x1c.migrator.v1.PrepareResponse\x12=\n\x04Send\x12\x18.migrator.v1.SendRequest\x1a\x19.migrator.v1.SendResponse(\x01\x12P\n\x0bHoldTraffic\x12\x1f.migrator.v1.HoldTrafficRequest\x1a .migrator.v1.HoldTrafficResponse\x12\x44\n\x07Restore\x12\x1b.migrator.v1.RestoreRequest\x1a\x1c.migrator.v1.RestoreResponse\x12\x41\n\x06\x44\x65\x63ide\x12\x1a.migrator.v1.DecideRequest\x1a\x1b.migrator.v1.DecideResponse\x12P\n\x0bGetDecision\x12\x1f.migrator.v1.GetDecisionRequest\x1a .migrator.v1.GetDecisionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16migrator/v1/peer.proto\x12\x0bmigrator.v1\x1a\x1bmigrator/v1/container.proto\"\xb0\x01\n\x0e\x45xamineRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x11\n\tcpu_flags\x18\x04 \x03(\t\x12\x14\n\x0c\x63riu_version\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x03\",\n\tObjection\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x97\x01\n\x0f\x45xamineResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12*\n\nobjections\x18\x02 \x03(\x0b\x32\x16.migrator.v1.Objection\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x14\n\x0c\x63riu_version\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\t\x12\x12\n\nlast_epoch\x18\x06 \x01(\x03\"\xeb\x01\n\x0ePrepareRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tcontainer\x18\x03 \x01(\t\x12(\n\x04spec\x18\x04 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.migrator.v1.ContainerState\x12\r\n\x05stdio\x18\x06 \x03(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x16\n\x0e\x63reate_time_ms\x18\x08 \x01(\x03\x12\x15\n\rstart_time_ms\x18\t \x01(\x03\"#\n\x0fPrepareResponse\x12\x10\n\x08has_base\x18\x01 \x01(\x08\"\xc8\x01\n\x0bSendRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.migrator.v1.Encoding\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x0e\n\x06stream\x18\t \x01(\x03\x12\x0e\n\x06number\x18\n \x01(\x03\" \n\x0cSendResponse\x12\x10\n\x08received\x18\x01 \x01(\x03\"\\\n\x13\x44igestVolumeRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x03\"<\n\x14\x44igestVolumeResponse\x12\x13\n\x0b\x66irst_chunk\x18\x01 \x01(\x03\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\"6\n\x12HoldTrafficRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x15\n\x13HoldTrafficResponse\"\x9d\x01\n\x0eRestoreRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x39\n\x07\x64igests\x18\x03 \x03(\x0b\x32(.migrator.v1.RestoreRequest.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"8\n\x0fRestoreResponse\x12%\n\x05steps\x18\x01 \x03(\x0b\x32\x16.migrator.v1.TimedStep\".\n\tTimedStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"Z\n\rDecideRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\'\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x15.migrator.v1.Decision\"\x87\x01\n\x0e\x44\x65\x63ideResponse\x12)\n\townership\x18\x01 \x01(\x0e\x32\x16.migrator.v1.Ownership\x12\x11\n\tresume_ms\x18\x02 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12%\n\x05steps\x18\x03 \x03(\x0b\x32\x16.migrator.v1.TimedStep\"6\n\x12GetDecisionRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\">\n\x13GetDecisionResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x15.migrator.v1.Decision*_\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_PLAIN\x10\x01\x12\x12\n\x0e\x45NCODING_ZEROS\x10\x02\x12\x11\n\rENCODING_ZSTD\x10\x03*Q\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_RELEASED\x10\x01\x12\x14\n\x10\x44\x45\x43ISION_ABORTED\x10\x02*R\n\tOwnership\x12\x19\n\x15OWNERSHIP_UNSPECIFIED\x10\x00\x12\x13\n\x0fOWNERSHIP_OWNER\x10\x01\x12\x15\n\x11OWNERSHIP_REFUSED\x10\x02\x32\xde\x04\n\x0bPeerService\x12\x44\n\x07\x45xamine\x12\x1b.migrator.v1.ExamineRequest\x1a\x1c.migrator.v1.ExamineResponse\x12\x44\n\x07Prepare\x12\x1b.migrator.v1.PrepareRequest\x1a\x1c.migrator.v1.PrepareResponse\x12?\n\x04Send\x12\x18.migrator.v1.SendRequest\x1a\x19.migrator.v1.SendResponse(\x01\x30\x01\x12U\n\x0c\x44igestVolume\x12 .migrator.v1.DigestVolumeRequest\x1a!.migrator.v1.DigestVolumeResponse0\x01\x12P\n\x0bHoldTraffic\x12\x1f.migrator.v1.HoldTrafficRequest\x1a .migrator.v1.HoldTrafficResponse\x12\x44\n\x07Restore\x12\x1b.migrator.v1.RestoreRequest\x1a\x1c.migrator.v1.RestoreResponse\x12\x41\n\x06\x44\x65\x63ide\x12\x1a.migrator.v1.DecideRequest\x1a\x1b.migrator.v1.DecideResponse\x12P\n\x0bGetDecision\x12\x1f.migrator.v1.GetDecisionRequest\x1a .migrator.v1.GetDecisionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RESTOREREQUEST_DIGESTSENTRY']._loaded_options = None
   _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_options = b'8\001'
-  _globals['_ENCODING']._serialized_start=1617
-  _globals['_ENCODING']._serialized_end=1712
-  _globals['_DECISION']._serialized_start=1714
-  _globals['_DECISION']._serialized_end=1795
-  _globals['_OWNERSHIP']._serialized_start=1797
-  _globals['_OWNERSHIP']._serialized_end=1879
+  _globals['_ENCODING']._serialized_start=1810
+  _globals['_ENCODING']._serialized_end=1905
+  _globals['_DECISION']._serialized_start=1907
+  _globals['_DECISION']._serialized_end=1988
+  _globals['_OWNERSHIP']._serialized_start=1990
+  _globals['_OWNERSHIP']._serialized_end=2072
   _globals['_EXAMINEREQUEST']._serialized_start=69
   _globals['_EXAMINEREQUEST']._serialized_end=245
   _globals['_OBJECTION']._serialized_start=247
@@ -49,31 +49,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPAREREQUEST']._serialized_start=448
   _globals['_PREPAREREQUEST']._serialized_end=683
   _globals['_PREPARERESPONSE']._serialized_start=685
-  _globals['_PREPARERESPONSE']._serialized_end=702
-  _globals['_SENDREQUEST']._serialized_start=705
-  _globals['_SENDREQUEST']._serialized_end=873
-  _globals['_SENDRESPONSE']._serialized_start=875
-  _globals['_SENDRESPONSE']._serialized_end=920
-  _globals['_HOLDTRAFFICREQUEST']._serialized_start=922
-  _globals['_HOLDTRAFFICREQUEST']._serialized_end=976
-  _globals['_HOLDTRAFFICRESPONSE']._serialized_start=978
-  _globals['_HOLDTRAFFICRESPONSE']._serialized_end=999
-  _globals['_RESTOREREQUEST']._serialized_start=1002
-  _globals['_RESTOREREQUEST']._serialized_end=1159
-  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_start=1113
-  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_end=1159
-  _globals['_RESTORERESPONSE']._serialized_start=1161
-  _globals['_RESTORERESPONSE']._serialized_end=1217
-  _globals['_TIMEDSTEP']._serialized_start=1219
-  _globals['_TIMEDSTEP']._serialized_end=1265
-  _globals['_DECIDEREQUEST']._serialized_start=1267
-  _globals['_DECIDEREQUEST']._serialized_end=1357
-  _globals['_DECIDERESPONSE']._serialized_start=1360
-  _globals['_DECIDERESPONSE']._serialized_end=1495
-  _globals['_GETDECISIONREQUEST']._serialized_start=1497
-  _globals['_GETDECISIONREQUEST']._serialized_end=1551
-  _globals['_GETDECISIONRESPONSE']._serialized_start=1553
-  _globals['_GETDECISIONRESPONSE']._serialized_end=1615
-  _globals['_PEERSERVICE']._serialized_start=1882
-  _globals['_PEERSERVICE']._serialized_end=2399
+  _globals['_PREPARERESPONSE']._serialized_end=720
+  _globals['_SENDREQUEST']._serialized_start=723
+  _globals['_SENDREQUEST']._serialized_end=923
+  _globals['_SENDRESPONSE']._serialized_start=925
+  _globals['_SENDRESPONSE']._serialized_end=957
+  _globals['_DIGESTVOLUMEREQUEST']._serialized_start=959
+  _globals['_DIGESTVOLUMEREQUEST']._serialized_end=1051
+  _globals['_DIGESTVOLUMERESPONSE']._serialized_start=1053
+  _globals['_DIGESTVOLUMERESPONSE']._serialized_end=1113
+  _globals['_HOLDTRAFFICREQUEST']._serialized_start=1115
+  _globals['_HOLDTRAFFICREQUEST']._serialized_end=1169
+  _globals['_HOLDTRAFFICRESPONSE']._serialized_start=1171
+  _globals['_HOLDTRAFFICRESPONSE']._serialized_end=1192
+  _globals['_RESTOREREQUEST']._serialized_start=1195
+  _globals['_RESTOREREQUEST']._serialized_end=1352
+  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_start=1306
+  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_end=1352
+  _globals['_RESTORERESPONSE']._serialized_start=1354
+  _globals['_RESTORERESPONSE']._serialized_end=1410
+  _globals['_TIMEDSTEP']._serialized_start=1412
+  _globals['_TIMEDSTEP']._serialized_end=1458
+  _globals['_DECIDEREQUEST']._serialized_start=1460
+  _globals['_DECIDEREQUEST']._serialized_end=1550
+  _globals['_DECIDERESPONSE']._serialized_start=1553
+  _globals['_DECIDERESPONSE']._serialized_end=1688
+  _globals['_GETDECISIONREQUEST']._serialized_start=1690
+  _globals['_GETDECISIONREQUEST']._serialized_end=1744
+  _globals['_GETDECISIONRESPONSE']._serialized_start=1746
+  _globals['_GETDECISIONRESPONSE']._serialized_end=1808
+  _globals['_PEERSERVICE']._serialized_start=2075
+  _globals['_PEERSERVICE']._serialized_end=2681
 # @@protoc_insertion_point(module_scope)

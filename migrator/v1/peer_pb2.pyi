@@ -102,11 +102,13 @@ class PrepareRequest(_message.Message):
     def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[_container_pb2.ContainerState, str]] = ..., stdio: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ..., create_time_ms: _Optional[int] = ..., start_time_ms: _Optional[int] = ...) -> None: ...
 
 class PrepareResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("has_base",)
+    HAS_BASE_FIELD_NUMBER: _ClassVar[int]
+    has_base: bool
+    def __init__(self, has_base: _Optional[bool] = ...) -> None: ...
 
 class SendRequest(_message.Message):
-    __slots__ = ("migration", "epoch", "target", "offset", "length", "encoding", "data", "checksum")
+    __slots__ = ("migration", "epoch", "target", "offset", "length", "encoding", "data", "checksum", "stream", "number")
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +117,8 @@ class SendRequest(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     migration: str
     epoch: int
     target: str
@@ -123,15 +127,35 @@ class SendRequest(_message.Message):
     encoding: Encoding
     data: bytes
     checksum: int
-    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    stream: int
+    number: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., stream: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class SendResponse(_message.Message):
-    __slots__ = ("pieces", "bytes")
-    PIECES_FIELD_NUMBER: _ClassVar[int]
-    BYTES_FIELD_NUMBER: _ClassVar[int]
-    pieces: int
-    bytes: int
-    def __init__(self, pieces: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    __slots__ = ("received",)
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    received: int
+    def __init__(self, received: _Optional[int] = ...) -> None: ...
+
+class DigestVolumeRequest(_message.Message):
+    __slots__ = ("migration", "epoch", "target", "chunk_bytes")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    target: str
+    chunk_bytes: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class DigestVolumeResponse(_message.Message):
+    __slots__ = ("first_chunk", "digests")
+    FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    first_chunk: int
+    digests: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, first_chunk: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class HoldTrafficRequest(_message.Message):
     __slots__ = ("migration", "epoch")

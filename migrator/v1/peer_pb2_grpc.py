@@ -46,10 +46,15 @@ class PeerServiceStub:
                 request_serializer=migrator_dot_v1_dot_peer__pb2.PrepareRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_peer__pb2.PrepareResponse.FromString,
                 _registered_method=True)
-        self.Send = channel.stream_unary(
+        self.Send = channel.stream_stream(
                 '/migrator.v1.PeerService/Send',
                 request_serializer=migrator_dot_v1_dot_peer__pb2.SendRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_peer__pb2.SendResponse.FromString,
+                _registered_method=True)
+        self.DigestVolume = channel.unary_stream(
+                '/migrator.v1.PeerService/DigestVolume',
+                request_serializer=migrator_dot_v1_dot_peer__pb2.DigestVolumeRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_peer__pb2.DigestVolumeResponse.FromString,
                 _registered_method=True)
         self.HoldTraffic = channel.unary_unary(
                 '/migrator.v1.PeerService/HoldTraffic',
@@ -93,7 +98,15 @@ class PeerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Send(self, request_iterator, context):
-        """Stores pieces of volumes and of CRIU's images. Streams of one migration may run side by side.
+        """Stores pieces of volumes and of CRIU's images. Streams of one migration may run side by side. One that broke is opened
+        again by a request with number 0, whose answer says where to go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DigestVolume(self, request, context):
+        """Reads a volume as it is now, for the source to compare.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,10 +153,15 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.PrepareRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_peer__pb2.PrepareResponse.SerializeToString,
             ),
-            'Send': grpc.stream_unary_rpc_method_handler(
+            'Send': grpc.stream_stream_rpc_method_handler(
                     servicer.Send,
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.SendRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_peer__pb2.SendResponse.SerializeToString,
+            ),
+            'DigestVolume': grpc.unary_stream_rpc_method_handler(
+                    servicer.DigestVolume,
+                    request_deserializer=migrator_dot_v1_dot_peer__pb2.DigestVolumeRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_peer__pb2.DigestVolumeResponse.SerializeToString,
             ),
             'HoldTraffic': grpc.unary_unary_rpc_method_handler(
                     servicer.HoldTraffic,
@@ -243,12 +261,39 @@ class PeerService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/migrator.v1.PeerService/Send',
             migrator_dot_v1_dot_peer__pb2.SendRequest.SerializeToString,
             migrator_dot_v1_dot_peer__pb2.SendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DigestVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/migrator.v1.PeerService/DigestVolume',
+            migrator_dot_v1_dot_peer__pb2.DigestVolumeRequest.SerializeToString,
+            migrator_dot_v1_dot_peer__pb2.DigestVolumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,8 +16,10 @@ from blockdev.extents import Range
 from migrator.destination import Arrivals
 from migrator.errors import ExecutionError, Unreachable
 from migrator.handover import Incoming, Outgoing, Stage
+from migrator.numbered import Outbound
 from migrator.ports import LeavingVolume
 from migrator.v1 import container_pb2, peer_pb2
+from migrator.verify import BLOCK_BYTES
 
 VOLUME_BYTES = 1 << 20
 LIVE = container_pb2.CONTAINER_STATE_RUNNING
@@ -107,6 +109,7 @@ class FakeLeaving:
         self.state = state
         self.create_time_ms = self.start_time_ms = 1
         self.memory_bytes = 4096
+        self.unwritten_bytes = 0
         self.log = folder / "log"
         self.log.write_text("a line\n")
         self.image = folder / "volume"
@@ -237,6 +240,7 @@ class FakeReservation:
         self._live = live
         self.left: set[str] = set()
         self.owned = False
+        self.has_base = True
 
     def reserve(self) -> None:
         with self._call("destination.reserve"):
@@ -244,6 +248,8 @@ class FakeReservation:
         self._folder.mkdir()
         self.images.mkdir()
         with self.volumes[0].open("wb") as file:
+            # As a clone of some image: one block is the source's, one is another, the rest is not there.
+            file.write(bytes(range(256)) * (BLOCK_BYTES // 256) + b"z" * BLOCK_BYTES)
             file.truncate(VOLUME_BYTES)
         self.left |= {"name", "volume", "network"}
 
@@ -347,6 +353,7 @@ class LoopbackPeer:
         self._call = calls
         self.intercept: Callable[[str], None] = lambda _: None
         self._check: Callable[[], None] = lambda: None
+        self._streams = itertools.count(1)
 
     def watch(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -365,15 +372,25 @@ class LoopbackPeer:
         with self._wire("examine"):
             return self._arrival_host.examine(request)
 
-    def prepare(self, request: peer_pb2.PrepareRequest) -> None:
+    def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         with self._wire("prepare"):
-            self.arrivals.prepare("a", request)
+            return self.arrivals.prepare("a", request)
+
+    def digest_volume(
+        self, migration: str, epoch: int, target: str, chunk_bytes: int
+    ) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        with self._wire("digest"):
+            yield from self.arrivals.get("a", migration, epoch).digest(target, chunk_bytes)
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
         with self._wire("send"):
-            first = next(requests, None)
+            outbound = Outbound(next(self._streams), requests)
+            pieces = self._pieces(outbound.attempt())
+            first = next(pieces, None)
             if first is not None:
-                self.arrivals.get("a", first.migration, first.epoch).send(self._pieces(requests), first)
+                for answer in self.arrivals.get("a", first.migration, first.epoch).send(pieces, first):
+                    outbound.answered(answer)
+            outbound.check_complete()
 
     def _pieces(self, requests: Iterator[peer_pb2.SendRequest]) -> Iterator[peer_pb2.SendRequest]:
         for request in requests:
