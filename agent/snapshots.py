@@ -194,6 +194,6 @@ class Snapshots:
 def _checked(name: str) -> str:
     if not NAME.fullmatch(name):
         raise InvalidArgument(
-            f"{name!r} cannot be a snapshot's name: 1 to 40 of a-z, 0-9, '.', '-' and '_', the first a letter or digit"
+            f"{name!r} cannot be a snapshot's name: 1 to 40 of a-z, 0-9, '.', '-' and '_'; the first a letter or digit"
         )
     return name

@@ -16,7 +16,8 @@ def check_name(name: str, kind: str = "container") -> str:
     if kind == "snapshot":
         if not SNAPSHOT_NAME.fullmatch(name):
             raise InvalidArgument(
-                f"{name!r} cannot be a snapshot's name: 1 to 40 of a-z, 0-9, '.', '-' and '_', the first a letter or digit"
+                f"{name!r} cannot be a snapshot's name: 1 to 40 of a-z, 0-9, '.', '-' and '_'; the first a letter or"
+                " digit"
             )
         return name
     if not NAME.fullmatch(name):
