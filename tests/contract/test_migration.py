@@ -67,7 +67,7 @@ class Pair:
         name = next(names)
         progress = Progress(migration_pb2.Migration(name=name, container="ct", source="a", destination="b"))
         outgoings = FaultyOutgoings(self.outgoings, self.calls)
-        departure = Departure(name, HERE, self.container, self.peer, outgoings, progress, Options())
+        departure = Departure(name, HERE, self.container, self.peer, outgoings, progress, Options(verify=True))
         self.working = True
         try:
             departure.run()
@@ -173,6 +173,31 @@ def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "conta
         assert made.log.read_text() == "a line\n"
         migration = progress.snapshot()
         assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_MIGRATED, "b")
+
+
+@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
+def test_verify_finds_what_was_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
+) -> None:
+    with make_pair(tmp_path / "pair", monkeypatch, state) as pair:
+        asked = itertools.count()
+
+        def damage(call: str) -> None:
+            # The first digests are the base's.
+            if call == "digest" and next(asked) == 1:
+                (made,) = pair.host.reservations.values()
+                with made.volumes[0].open("r+b") as file:
+                    file.seek(77)
+                    file.write(b"!")
+
+        pair.peer.intercept = damage
+        name, progress = pair.migrate()
+        pair.carry_on(name, progress)
+        pair.tend()
+        assert not pair.expect_settled(state == LIVE)
+        migration = progress.snapshot()
+        assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_ROLLED_BACK, "a")
+        assert migration.reason == "VERIFY"
 
 
 ERRORS: dict[str, Callable[[str], BaseException]] = {
@@ -316,7 +341,7 @@ def die(pair: Pair) -> tuple[str, Progress]:
         Frozen(pair.peer),  # type: ignore[arg-type]
         Frozen(FaultyOutgoings(pair.outgoings, calls)),  # type: ignore[arg-type]
         progress,
-        Options(),
+        Options(verify=True),
     )
     before: dict[str, bool] = {}
     words = ("frozen", "disconnected", "fs_frozen", "killed", "removed")
@@ -392,7 +417,7 @@ def cancelled_at(pair: Pair, moment: tuple[str, int, bool]) -> bool:
 
     pair.calls.witness = witness
     outgoings = FaultyOutgoings(pair.outgoings, pair.calls)
-    Departure(made, HERE, pair.container, pair.peer, outgoings, progress, Options()).run()
+    Departure(made, HERE, pair.container, pair.peer, outgoings, progress, Options(verify=True)).run()
     moved = check(pair, moment, LIVE)
     assert accepted == [not moved], moment
     assert moved or progress.snapshot().exit_code == 130
