@@ -54,6 +54,7 @@ ROLES: dict[str, frozenset[Role]] = {
     "/migrator.v1.PeerService/Prepare": _PEER,
     "/migrator.v1.PeerService/Send": _PEER,
     "/migrator.v1.PeerService/DigestVolume": _PEER,
+    "/migrator.v1.PeerService/KeepSnapshots": _PEER,
     "/migrator.v1.PeerService/HoldTraffic": _PEER,
     "/migrator.v1.PeerService/Restore": _PEER,
     "/migrator.v1.PeerService/Decide": _PEER,

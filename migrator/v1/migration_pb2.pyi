@@ -21,6 +21,12 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_UNCERTAIN: _ClassVar[Outcome]
     OUTCOME_CHECKED: _ClassVar[Outcome]
     OUTCOME_TIMED_OUT: _ClassVar[Outcome]
+
+class SnapshotHandling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SNAPSHOT_HANDLING_UNSPECIFIED: _ClassVar[SnapshotHandling]
+    SNAPSHOT_HANDLING_MOVE: _ClassVar[SnapshotHandling]
+    SNAPSHOT_HANDLING_DROP: _ClassVar[SnapshotHandling]
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_MIGRATED: Outcome
 OUTCOME_ROLLED_BACK: Outcome
@@ -30,6 +36,9 @@ OUTCOME_CONTAINER_ENDED: Outcome
 OUTCOME_UNCERTAIN: Outcome
 OUTCOME_CHECKED: Outcome
 OUTCOME_TIMED_OUT: Outcome
+SNAPSHOT_HANDLING_UNSPECIFIED: SnapshotHandling
+SNAPSHOT_HANDLING_MOVE: SnapshotHandling
+SNAPSHOT_HANDLING_DROP: SnapshotHandling
 
 class Phase(_message.Message):
     __slots__ = ("name", "start_ms", "duration_ms", "steps")
@@ -96,20 +105,22 @@ class Migration(_message.Message):
     def __init__(self, name: _Optional[str] = ..., container: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., downtime_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., bytes: _Optional[_Union[Bytes, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., where_running: _Optional[str] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[float] = ...) -> None: ...
 
 class CreateMigrationRequest(_message.Message):
-    __slots__ = ("container", "destination", "check_only", "timeout_ms", "bandwidth_bytes_per_second", "verify")
+    __slots__ = ("container", "destination", "check_only", "timeout_ms", "bandwidth_bytes_per_second", "verify", "snapshots")
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     CHECK_ONLY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     container: str
     destination: str
     check_only: bool
     timeout_ms: int
     bandwidth_bytes_per_second: int
     verify: bool
-    def __init__(self, container: _Optional[str] = ..., destination: _Optional[str] = ..., check_only: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., bandwidth_bytes_per_second: _Optional[int] = ..., verify: _Optional[bool] = ...) -> None: ...
+    snapshots: SnapshotHandling
+    def __init__(self, container: _Optional[str] = ..., destination: _Optional[str] = ..., check_only: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., bandwidth_bytes_per_second: _Optional[int] = ..., verify: _Optional[bool] = ..., snapshots: _Optional[_Union[SnapshotHandling, str]] = ...) -> None: ...
 
 class CreateMigrationResponse(_message.Message):
     __slots__ = ("migration",)

@@ -80,7 +80,7 @@ class ExamineResponse(_message.Message):
     def __init__(self, host: _Optional[str] = ..., objections: _Optional[_Iterable[_Union[Objection, _Mapping]]] = ..., kernel: _Optional[str] = ..., criu_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., last_epoch: _Optional[int] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("migration", "epoch", "container", "spec", "state", "stdio", "features", "create_time_ms", "start_time_ms")
+    __slots__ = ("migration", "epoch", "container", "spec", "state", "stdio", "features", "create_time_ms", "start_time_ms", "snapshots")
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class PrepareRequest(_message.Message):
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     START_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     migration: str
     epoch: int
     container: str
@@ -99,7 +100,24 @@ class PrepareRequest(_message.Message):
     features: _containers.RepeatedScalarFieldContainer[str]
     create_time_ms: int
     start_time_ms: int
-    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[_container_pb2.ContainerState, str]] = ..., stdio: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ..., create_time_ms: _Optional[int] = ..., start_time_ms: _Optional[int] = ...) -> None: ...
+    snapshots: _containers.RepeatedCompositeFieldContainer[PeerSnapshot]
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[_container_pb2.ContainerState, str]] = ..., stdio: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ..., create_time_ms: _Optional[int] = ..., start_time_ms: _Optional[int] = ..., snapshots: _Optional[_Iterable[_Union[PeerSnapshot, _Mapping]]] = ...) -> None: ...
+
+class PeerSnapshot(_message.Message):
+    __slots__ = ("name", "parent", "base", "create_time_ms", "is_current", "volumes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    VOLUMES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    parent: int
+    base: int
+    create_time_ms: int
+    is_current: bool
+    volumes: _containers.RepeatedCompositeFieldContainer[_container_pb2.Volume]
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[int] = ..., base: _Optional[int] = ..., create_time_ms: _Optional[int] = ..., is_current: _Optional[bool] = ..., volumes: _Optional[_Iterable[_Union[_container_pb2.Volume, _Mapping]]] = ...) -> None: ...
 
 class PrepareResponse(_message.Message):
     __slots__ = ("has_base",)
@@ -136,6 +154,18 @@ class SendResponse(_message.Message):
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     received: int
     def __init__(self, received: _Optional[int] = ...) -> None: ...
+
+class KeepSnapshotsRequest(_message.Message):
+    __slots__ = ("migration", "epoch")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class KeepSnapshotsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DigestVolumeRequest(_message.Message):
     __slots__ = ("migration", "epoch", "target", "chunk_bytes")

@@ -51,6 +51,11 @@ class PeerServiceStub:
                 request_serializer=migrator_dot_v1_dot_peer__pb2.SendRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_peer__pb2.SendResponse.FromString,
                 _registered_method=True)
+        self.KeepSnapshots = channel.unary_unary(
+                '/migrator.v1.PeerService/KeepSnapshots',
+                request_serializer=migrator_dot_v1_dot_peer__pb2.KeepSnapshotsRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_peer__pb2.KeepSnapshotsResponse.FromString,
+                _registered_method=True)
         self.DigestVolume = channel.unary_stream(
                 '/migrator.v1.PeerService/DigestVolume',
                 request_serializer=migrator_dot_v1_dot_peer__pb2.DigestVolumeRequest.SerializeToString,
@@ -100,6 +105,14 @@ class PeerServiceServicer:
     def Send(self, request_iterator, context):
         """Stores pieces of volumes and of CRIU's images. Streams of one migration may run side by side. One that broke is opened
         again by a request with number 0, whose answer says where to go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepSnapshots(self, request, context):
+        """Every piece of the container's snapshots has been sent: makes them durable, and lets each volume begin as a copy of
+        the one that the container is at, for the source to send what differs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +170,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.Send,
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.SendRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_peer__pb2.SendResponse.SerializeToString,
+            ),
+            'KeepSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepSnapshots,
+                    request_deserializer=migrator_dot_v1_dot_peer__pb2.KeepSnapshotsRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_peer__pb2.KeepSnapshotsResponse.SerializeToString,
             ),
             'DigestVolume': grpc.unary_stream_rpc_method_handler(
                     servicer.DigestVolume,
@@ -267,6 +285,33 @@ class PeerService:
             '/migrator.v1.PeerService/Send',
             migrator_dot_v1_dot_peer__pb2.SendRequest.SerializeToString,
             migrator_dot_v1_dot_peer__pb2.SendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrator.v1.PeerService/KeepSnapshots',
+            migrator_dot_v1_dot_peer__pb2.KeepSnapshotsRequest.SerializeToString,
+            migrator_dot_v1_dot_peer__pb2.KeepSnapshotsResponse.FromString,
             options,
             channel_credentials,
             insecure,
