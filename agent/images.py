@@ -1,4 +1,4 @@
-"""Images: read-only volumes that containers are cloned from, made of root file system tarballs.
+"""Images: read-only volumes that containers are cloned from, made of root file system tarballs or of disk images.
 
 An image is unpacked under a name of its own in a folder of unfinished ones and gets its own name when it is complete;
 what a crash leaves there is removed at the next start.
@@ -7,6 +7,7 @@ what a crash leaves there is removed at the next start.
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import structlog
 
-from agent import tarball
+from agent import disk_images, tarball
 from agent.database import Database
+from agent.disk_images import DiskSource
+from agent.image_sizes import SLACK_BYTES, SMALLEST_BYTES, size_for
 from agent.rootfs import opened_in
 from agent.tarball import Cancel, Tarball
 from blockdev import filesystem
-from blockdev.volume import SUFFIX, VolumeStore
+from blockdev.volume import SUFFIX, Volume, VolumeStore
 from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
 from migrator.units import format_size
 
@@ -34,9 +37,6 @@ CREATE TABLE IF NOT EXISTS images (
 ) STRICT
 """
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
-SLACK_BYTES = 128 << 20
-# mkfs.xfs makes nothing smaller than 300 MiB, mkfs.btrfs nothing much below this.
-SMALLEST_BYTES = {"ext4": 64 << 20, "xfs": 320 << 20, "btrfs": 256 << 20}
 # What must not be the same in all containers of an image, or is made anew for each.
 EMPTIED = ("/etc", "machine-id")
 REMOVED = (
@@ -82,6 +82,8 @@ class Images:
         mount_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         mount_folder.chmod(0o700)  # what is unpacked below may be setuid
         self._unfinished = VolumeStore(folder / "unfinished")
+        self._staging = folder / "staging"
+        self._staging.mkdir(exist_ok=True, mode=0o700)
         self._making: set[str] = set()
         self._lock = threading.Lock()
 
@@ -138,10 +140,9 @@ class Images:
         """
         report(f"measuring {source.path.name}")
         content_bytes = tarball.measure(source, cancel, limit_bytes=self._free_bytes())
-        wanted = int(content_bytes * 1.3) + SLACK_BYTES
-        size_bytes = max(wanted, SMALLEST_BYTES[kind]) + (1 << 20) & -(1 << 20)
+        size_bytes = size_for(content_bytes, kind)
         while True:
-            self._check_room(max(content_bytes, size_bytes - SLACK_BYTES))
+            self.check_room(max(content_bytes, size_bytes - SLACK_BYTES))
             report(f"unpacking {format_size(content_bytes)} into {kind} of {format_size(size_bytes)}")
             try:
                 return self._make(name, kind, origin, source, size_bytes=size_bytes, cancel=cancel)
@@ -149,12 +150,67 @@ class Images:
                 # Many small files take more than they hold.
                 size_bytes *= 2
 
+    def add_disk(
+        self,
+        name: str,
+        kind: str,
+        origin: str,
+        source: DiskSource,
+        *,
+        keep_identity: bool,
+        report: Report,
+        cancel: Cancel,
+    ) -> Image:
+        """Make an image of a disk's root file system; of this kind, or of the kind that it is if that is empty.
+
+        As `add`; also InvalidArgument (BAD_IMAGE).
+        """
+        token = f"{name}.{secrets.token_hex(4)}"
+        names = (token, f"{token}.new")
+        with self.staging() as scratch, self._mount_point(token) as at, ExitStack() as undo:
+            for unfinished in names:
+                undo.callback(self._unfinished.delete, unfinished)
+            volume = disk_images.make_volume(
+                source, self._unfinished, names, (at, scratch), kind, self.check_room, report, cancel
+            )
+            if not keep_identity:
+                mounted = volume.mount(at)
+                try:
+                    normalise(at)
+                    filesystem.sync(at)
+                finally:
+                    mounted.unmount()
+            return self._finish(name, origin, volume)
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder in the pool for files that are on their way, removed with all that is in it."""
+        folder = self._staging / secrets.token_hex(8)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Raises Precondition (NO_SPACE) if the pool has not so much room."""
+        free = self._free_bytes()
+        if needed_bytes > free:
+            raise Precondition(
+                f"no room for the image: it takes up to {format_size(needed_bytes)}, {format_size(free)} are free in "
+                f"{self._folder}; remove images or containers, or make the pool larger",
+                reason="NO_SPACE",
+            )
+
     def sweep(self) -> None:
         """Remove what an interrupted life of the agent has left."""
         for at in self._mounts.iterdir():
-            if os.path.ismount(at):
-                filesystem.unmount(at)
-            at.rmdir()
+            for mounted in (at / "old", at / "new", at):
+                if os.path.ismount(mounted):
+                    filesystem.unmount(mounted)
+            shutil.rmtree(at)
+        shutil.rmtree(self._staging)
+        self._staging.mkdir(mode=0o700)
         self._unfinished.sweep()
         for name in self._unfinished.names():
             log.warning("remove unfinished image", file=name)
@@ -172,9 +228,7 @@ class Images:
         with ExitStack() as undo:
             undo.callback(self._unfinished.delete, token)
             volume = self._unfinished.create(token, size_bytes, kind)
-            at = self._mounts / token
-            at.mkdir(mode=0o700)
-            try:
+            with self._mount_point(token) as at:
                 mounted = volume.mount(at)
                 try:
                     tarball.unpack(source, at, cancel)
@@ -182,32 +236,35 @@ class Images:
                     filesystem.sync(at)
                 finally:
                     mounted.unmount()
-            finally:
-                at.rmdir()
-            image = Image(name, self._path(name), kind, time.time_ns() // 1_000_000, origin)
-            volume.path.chmod(0o400)
-            volume.path.rename(image.path)
-            undo.pop_all()
+            return self._finish(name, origin, volume)
+
+    def _finish(self, name: str, origin: str, volume: Volume) -> Image:
+        """Give a complete volume its place and its record."""
+        image = Image(name, self._path(name), volume.kind, time.time_ns() // 1_000_000, origin)
+        volume.path.chmod(0o400)
+        volume.path.rename(image.path)
         try:
             with self._database.transaction() as cursor:
-                cursor.execute("INSERT INTO images VALUES (?, ?, ?, ?)", (name, kind, image.create_time_ms, origin))
+                cursor.execute(
+                    "INSERT INTO images VALUES (?, ?, ?, ?)", (name, image.filesystem, image.create_time_ms, origin)
+                )
         except BaseException:
             image.path.unlink()
             raise
         return image
 
+    @contextmanager
+    def _mount_point(self, token: str) -> Iterator[Path]:
+        at = self._mounts / token
+        at.mkdir(mode=0o700)
+        try:
+            yield at
+        finally:
+            at.rmdir()
+
     def _free_bytes(self) -> int:
         status = os.statvfs(self._folder)
         return status.f_bavail * status.f_frsize
-
-    def _check_room(self, needed_bytes: int) -> None:
-        free = self._free_bytes()
-        if needed_bytes > free:
-            raise Precondition(
-                f"no room for the image: it takes up to {format_size(needed_bytes)}, {format_size(free)} are free in "
-                f"{self._folder}; remove images or containers, or make the pool larger",
-                reason="NO_SPACE",
-            )
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"

@@ -91,9 +91,14 @@ def recognise(path: Path) -> Tarball:
     for magic, command in _DECOMPRESSORS:
         if head.startswith(magic):
             return Tarball(path, command)
-    if head[_MAGIC_AT : _MAGIC_AT + 5] != b"ustar":
+    if not is_tarball(head):
         raise InvalidArgument(f"{path} is not a tarball: plain, gzip and zstd are understood", reason="NOT_A_TARBALL")
     return Tarball(path)
+
+
+def is_tarball(head: bytes) -> bool:
+    """Whether a file that begins so, with 512 bytes, is a tarball or is compressed as one may be."""
+    return head[_MAGIC_AT : _MAGIC_AT + 5] == b"ustar" or head.startswith(tuple(magic for magic, _ in _DECOMPRESSORS))
 
 
 def measure(source: Tarball, cancel: Cancel, limit_bytes: int) -> int:

@@ -59,8 +59,11 @@ class LoopDevice:
             time.sleep(0.001)
 
 
-def attach(image: Path, *, read_only: bool = False) -> LoopDevice:
-    """Attach an image file to a free loop device. Raises BlockError if no device can be had, OSError."""
+def attach(image: Path, *, read_only: bool = False, block_bytes: int = BLOCK_BYTES) -> LoopDevice:
+    """Attach an image file to a free loop device. Raises BlockError if no device can be had, OSError.
+
+    Smaller blocks are for a file system that was made for them, to look into it: they may cost direct I/O.
+    """
     mode = os.O_RDONLY if read_only else os.O_RDWR
     backing = os.open(image, mode | os.O_DIRECT | os.O_CLOEXEC)
     try:
@@ -68,7 +71,7 @@ def attach(image: Path, *, read_only: bool = False) -> LoopDevice:
             with _opened(Path("/dev/loop-control")) as control:
                 number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
             path = _node(number)
-            if _configure(path, mode, backing, image, read_only=read_only):
+            if _configure(path, mode, backing, image, block_bytes, read_only=read_only):
                 return LoopDevice(path, number)
     finally:
         os.close(backing)
@@ -94,14 +97,14 @@ def find(image: Path) -> list[LoopDevice]:
     return found
 
 
-def _configure(path: Path, mode: int, backing: int, image: Path, *, read_only: bool) -> bool:
+def _configure(path: Path, mode: int, backing: int, image: Path, block_bytes: int, *, read_only: bool) -> bool:
     """Whether the device was still free and is ours now."""
     flags = _DIRECT_IO | (_READ_ONLY if read_only else 0)
     name = os.fsencode(image)[-63:]
     info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
     device = os.open(path, mode | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(device, _LOOP_CONFIGURE, _CONFIG.pack(backing, BLOCK_BYTES, info, *[0] * 8))
+        fcntl.ioctl(device, _LOOP_CONFIGURE, _CONFIG.pack(backing, block_bytes, info, *[0] * 8))
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False

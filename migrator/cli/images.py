@@ -1,5 +1,6 @@
 """`migrator image …`."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import click
 
-from migrator.cli import output
+from migrator.cli import output, transfer
 from migrator.cli.base import Group, settings
 from migrator.cli.connection import READ_S, agent
 from migrator.cli.names import IMAGE
+from migrator.cli.settings import endpoint
 from migrator.errors import Exit, Unreachable
 from migrator.units import format_size
 from migrator.v1 import image_pb2
@@ -43,19 +45,73 @@ def build(name: str, suite: str, packages: Sequence[str], fs: str, refresh: bool
 
 
 @group.command("import")
-@FILESYSTEM
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["tarball", "raw", "qcow2", "ploop"]),
+    help="What the file is. Recognised if not given, but for raw.",
+)
+@click.option(
+    "--fs",
+    type=click.Choice(["ext4", "xfs", "btrfs"]),
+    help="File system of the image.  [default: ext4 for a tarball, that of the disk for a disk]",
+)
+@click.option("--snapshot", metavar="GUID", help="Of a ploop folder: this snapshot and not the newest state.")
+@click.option(
+    "--partition", type=click.IntRange(0, 128), help="Of a disk: where the root file system is; 0 is the whole disk."
+)
+@click.option("--keep-identity", is_flag=True, help="Leave machine id, host name and SSH host keys as they are.")
 @click.argument("name", type=IMAGE)
-@click.argument("file", type=click.Path(path_type=Path))
-def import_(name: str, file: Path, fs: str) -> None:
-    """Unpack a root file system tarball (plain, gzip or zstd) that is on the agent's host.
+@click.argument("path", type=click.Path(path_type=Path))
+def import_(
+    name: str,
+    path: Path,
+    kind: str | None,
+    fs: str | None,
+    snapshot: str | None,
+    partition: int | None,
+    keep_identity: bool,
+) -> None:
+    """Make an image of a root file system tarball or of a disk.
+
+    PATH is a tarball (plain, gzip or zstd), a qcow2 file, a ploop folder with DiskDescriptor.xml, or with --format raw
+    a disk byte by byte. It may be partitioned. The agent of this machine reads it where it is; to another one (--host)
+    it is sent.
 
     \b
     migrator image import alpine alpine-minirootfs.tar.gz
+    migrator image import web1 /vz/private/101/root.hdd --keep-identity
+    migrator image import debian debian-12-genericcloud-amd64.qcow2
     """
     # Made absolute here: the agent has another working directory.
-    request = image_pb2.ImportImageRequest(name=name, path=str(Path.cwd() / file), filesystem=fs)
+    request = image_pb2.ImportImageRequest(
+        name=name,
+        path=str(Path.cwd() / path),
+        filesystem=fs or "",
+        format=kind or "",
+        snapshot=snapshot or "",
+        partition=partition,
+        keep_identity=keep_identity,
+    )
+    is_remote = endpoint(settings()).socket is None
     with agent() as channel:
-        _finish(ImageServiceStub(channel).ImportImage(request))
+        stub = ImageServiceStub(channel)
+        if is_remote:
+            files = transfer.files_of(path.parent if path.name == "DiskDescriptor.xml" else path)
+            _finish(stub.UploadImage(_upload(request, files)))
+        else:
+            _finish(stub.ImportImage(request))
+
+
+def _upload(start: image_pb2.ImportImageRequest, files: Sequence[Path]) -> Iterator[image_pb2.UploadImageRequest]:
+    Request = image_pb2.UploadImageRequest
+    yield Request(start=start)
+    for path in files:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            yield Request(file=image_pb2.UploadedFile(name=path.name, size_bytes=size_bytes))
+            for offset, data in transfer.pieces(file.fileno(), size_bytes):
+                yield Request(piece=image_pb2.UploadedPiece(offset=offset, data=data))
 
 
 @group.command("ls")
