@@ -122,6 +122,12 @@ class Records:
             cursor.execute(f"UPDATE containers SET {assignments} WHERE name = ?", (*columns.values(), name))
         return self.get(name)
 
+    def set_spec(self, name: str, spec: ContainerSpec) -> Record:
+        """Replace the spec of a container whose volume has another size now."""
+        with self._database.transaction() as cursor:
+            cursor.execute("UPDATE containers SET spec = ? WHERE name = ?", (spec.SerializeToString(), name))
+        return self.get(name)
+
     def delete(self, name: str) -> None:
         with self._database.transaction() as cursor:
             cursor.execute("DELETE FROM containers WHERE name = ?", (name,))

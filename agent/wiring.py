@@ -39,7 +39,9 @@ from agent.services.images import ImageService
 from agent.services.migrations import MigrationService
 from agent.services.peer import PeerService
 from agent.services.snapshots import SnapshotService
+from agent.services.volumes import VolumeService
 from agent.snapshots import SnapshotKeeper, Snapshots
+from agent.volumes import Volumes
 from blockdev import pool
 from blockdev.volume import VolumeStore
 from migrator.destination import Arrivals
@@ -51,6 +53,7 @@ from migrator.v1 import (
     migration_pb2_grpc,
     peer_pb2_grpc,
     snapshot_pb2_grpc,
+    volume_pb2_grpc,
 )
 
 SCHEMAS = (container_records.SCHEMA, images.SCHEMA, journal.SCHEMA, migrations.SCHEMA, snapshot_records.SCHEMA)
@@ -66,6 +69,7 @@ class Agent:
     managers: Managers
     images: Images
     snapshots: Snapshots
+    volumes: Volumes
     hosts: Hosts
     migrations: Migrations
     arrivals: Arrivals
@@ -81,6 +85,7 @@ class Agent:
         # First of all: a container whose migration is not finished must not be started again by its restart policy.
         self.migrations.claim()
         self.snapshots.recover()
+        self.volumes.recover()
         self.managers.containers.reconcile()
         self.arrivals.recover()
         self.migrations.recover()
@@ -96,6 +101,7 @@ class Agent:
         image = ImageService(self.images, config.cache_dir)
         host = HostService(self.hosts, config)
         snapshot = SnapshotService(self.snapshots)
+        volume = VolumeService(self.volumes)
         migration = MigrationService(self.migrations)
         peer = PeerService(self.arrival_host, self.arrivals, self.migrations)
         return [
@@ -110,6 +116,10 @@ class Agent:
             Service(
                 "migrator.v1.SnapshotService",
                 lambda server: snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server(snapshot, server),
+            ),
+            Service(
+                "migrator.v1.VolumeService",
+                lambda server: volume_pb2_grpc.add_VolumeServiceServicer_to_server(volume, server),
             ),
             Service(
                 "migrator.v1.HostService",
@@ -152,6 +162,7 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         managers=managers,
         images=image_store,
         snapshots=Snapshots(keeper, containers),
+        volumes=Volumes(database, volumes, containers, keeper, image_store.staging),
         hosts=Hosts(config, containers, folder, metadata.version("migrator")),
         migrations=Migrations(managers, here),
         arrivals=Arrivals(arrival_host, incomings),

@@ -31,6 +31,7 @@ COMMANDS = {
     "snapshot": "snapshots:group",
     "start": "containers:start",
     "stop": "containers:stop",
+    "volume": "volumes:group",
 }
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18migrator/v1/volume.proto\x12\x0bmigrator.v1\"z\n\x0f\x43ontainerVolume\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0bmount_point\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x61llocated_bytes\x18\x04 \x01(\x03\x12\x12\n\nfilesystem\x18\x05 \x01(\t\"\'\n\x12ListVolumesRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\"D\n\x13ListVolumesResponse\x12-\n\x07volumes\x18\x01 \x03(\x0b\x32\x1c.migrator.v1.ContainerVolume\"Q\n\x13ResizeVolumeRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0bmount_point\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"D\n\x14ResizeVolumeResponse\x12,\n\x06volume\x18\x01 \x01(\x0b\x32\x1c.migrator.v1.ContainerVolume\"M\n\x13\x45xportVolumeRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0bmount_point\x18\x02 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\"0\n\x0c\x45xportedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"-\n\rExportedPiece\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x8e\x01\n\x14\x45xportVolumeResponse\x12\x12\n\x08progress\x18\x01 \x01(\tH\x00\x12)\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x19.migrator.v1.ExportedFileH\x00\x12+\n\x05piece\x18\x03 \x01(\x0b\x32\x1a.migrator.v1.ExportedPieceH\x00\x42\n\n\x08response2\x8d\x02\n\rVolumeService\x12P\n\x0bListVolumes\x12\x1f.migrator.v1.ListVolumesRequest\x1a .migrator.v1.ListVolumesResponse\x12S\n\x0cResizeVolume\x12 .migrator.v1.ResizeVolumeRequest\x1a!.migrator.v1.ResizeVolumeResponse\x12U\n\x0c\x45xportVolume\x12 .migrator.v1.ExportVolumeRequest\x1a!.migrator.v1.ExportVolumeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18migrator/v1/volume.proto\x12\x0bmigrator.v1\"z\n\x0f\x43ontainerVolume\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0bmount_point\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x61llocated_bytes\x18\x04 \x01(\x03\x12\x12\n\nfilesystem\x18\x05 \x01(\t\"\'\n\x12ListVolumesRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\"D\n\x13ListVolumesResponse\x12-\n\x07volumes\x18\x01 \x03(\x0b\x32\x1c.migrator.v1.ContainerVolume\"Q\n\x13ResizeVolumeRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0bmount_point\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"D\n\x14ResizeVolumeResponse\x12,\n\x06volume\x18\x01 \x01(\x0b\x32\x1c.migrator.v1.ContainerVolume\"_\n\x13\x45xportVolumeRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0bmount_point\x18\x02 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\x12\x10\n\x08snapshot\x18\x04 \x01(\t\"0\n\x0c\x45xportedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"-\n\rExportedPiece\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x8e\x01\n\x14\x45xportVolumeResponse\x12\x12\n\x08progress\x18\x01 \x01(\tH\x00\x12)\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x19.migrator.v1.ExportedFileH\x00\x12+\n\x05piece\x18\x03 \x01(\x0b\x32\x1a.migrator.v1.ExportedPieceH\x00\x42\n\n\x08response2\x8d\x02\n\rVolumeService\x12P\n\x0bListVolumes\x12\x1f.migrator.v1.ListVolumesRequest\x1a .migrator.v1.ListVolumesResponse\x12S\n\x0cResizeVolume\x12 .migrator.v1.ResizeVolumeRequest\x1a!.migrator.v1.ResizeVolumeResponse\x12U\n\x0c\x45xportVolume\x12 .migrator.v1.ExportVolumeRequest\x1a!.migrator.v1.ExportVolumeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESIZEVOLUMERESPONSE']._serialized_start=359
   _globals['_RESIZEVOLUMERESPONSE']._serialized_end=427
   _globals['_EXPORTVOLUMEREQUEST']._serialized_start=429
-  _globals['_EXPORTVOLUMEREQUEST']._serialized_end=506
-  _globals['_EXPORTEDFILE']._serialized_start=508
-  _globals['_EXPORTEDFILE']._serialized_end=556
-  _globals['_EXPORTEDPIECE']._serialized_start=558
-  _globals['_EXPORTEDPIECE']._serialized_end=603
-  _globals['_EXPORTVOLUMERESPONSE']._serialized_start=606
-  _globals['_EXPORTVOLUMERESPONSE']._serialized_end=748
-  _globals['_VOLUMESERVICE']._serialized_start=751
-  _globals['_VOLUMESERVICE']._serialized_end=1020
+  _globals['_EXPORTVOLUMEREQUEST']._serialized_end=524
+  _globals['_EXPORTEDFILE']._serialized_start=526
+  _globals['_EXPORTEDFILE']._serialized_end=574
+  _globals['_EXPORTEDPIECE']._serialized_start=576
+  _globals['_EXPORTEDPIECE']._serialized_end=621
+  _globals['_EXPORTVOLUMERESPONSE']._serialized_start=624
+  _globals['_EXPORTVOLUMERESPONSE']._serialized_end=766
+  _globals['_VOLUMESERVICE']._serialized_start=769
+  _globals['_VOLUMESERVICE']._serialized_end=1038
 # @@protoc_insertion_point(module_scope)

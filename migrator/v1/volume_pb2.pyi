@@ -49,14 +49,16 @@ class ResizeVolumeResponse(_message.Message):
     def __init__(self, volume: _Optional[_Union[ContainerVolume, _Mapping]] = ...) -> None: ...
 
 class ExportVolumeRequest(_message.Message):
-    __slots__ = ("container", "mount_point", "format")
+    __slots__ = ("container", "mount_point", "format", "snapshot")
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     MOUNT_POINT_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     container: str
     mount_point: str
     format: str
-    def __init__(self, container: _Optional[str] = ..., mount_point: _Optional[str] = ..., format: _Optional[str] = ...) -> None: ...
+    snapshot: str
+    def __init__(self, container: _Optional[str] = ..., mount_point: _Optional[str] = ..., format: _Optional[str] = ..., snapshot: _Optional[str] = ...) -> None: ...
 
 class ExportedFile(_message.Message):
     __slots__ = ("name", "size_bytes")

@@ -71,8 +71,8 @@ class VolumeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportVolume(self, request, context):
-        """Sends a stopped container's volume as files of a format. They come one after another: name and size, then those pieces
-        that are not holes. A stream that ends without an error is complete. Fails with RUNNING, NO_SPACE.
+        """Sends a stopped container's volume, or one of a snapshot, as files of a format. They come one after another: name and
+        size, then those pieces that are not holes. A stream that ends without an error is complete. Fails with RUNNING, NO_SPACE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -18,6 +18,8 @@ from migrator.v1 import (
     image_pb2_grpc,
     migration_pb2,
     migration_pb2_grpc,
+    volume_pb2,
+    volume_pb2_grpc,
 )
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
@@ -120,12 +122,63 @@ class Containers(container_pb2_grpc.ContainerServiceServicer):
 
 
 class Images(image_pb2_grpc.ImageServiceServicer):
+    def __init__(self) -> None:
+        self.imports: list[image_pb2.ImportImageRequest] = []
+        self.uploads: dict[str, bytes] = {}
+
+    def ImportImage(self, request, context):
+        self.imports.append(request)
+        yield image_pb2.ImportImageResponse(progress="copying ext4")
+        yield image_pb2.ImportImageResponse(image=image_pb2.Image(name=request.name, size_bytes=1 << 30))
+
+    def UploadImage(self, requests, context):
+        start = next(requests).start
+        self.imports.append(start)
+        for request in requests:
+            if request.HasField("file"):
+                name = request.file.name
+                self.uploads[name] = bytes(request.file.size_bytes)
+            else:
+                at, data = request.piece.offset, request.piece.data
+                self.uploads[name] = self.uploads[name][:at] + data + self.uploads[name][at + len(data) :]
+        yield image_pb2.UploadImageResponse(image=image_pb2.Image(name=start.name, size_bytes=1 << 30))
+
     def BuildImage(self, request, context):
         yield image_pb2.BuildImageResponse(progress=f"fetching {' '.join(request.packages)}")
         yield image_pb2.BuildImageResponse(image=image_pb2.Image(name=request.name, size_bytes=1 << 30))
 
     def ListImages(self, request, context):
         return image_pb2.ListImagesResponse(images=[image_pb2.Image(name="redis", size_bytes=1 << 30)])
+
+
+class Volumes(volume_pb2_grpc.VolumeServiceServicer):
+    """Exports of `broken` fail in the middle; those of `evil` name a file outside of their folder."""
+
+    def ListVolumes(self, request, context):
+        volume = volume_pb2.ContainerVolume(
+            container="ct101", mount_point="/", size_bytes=1 << 30, allocated_bytes=1 << 20, filesystem="ext4"
+        )
+        return volume_pb2.ListVolumesResponse(volumes=[volume])
+
+    def ResizeVolume(self, request, context):
+        if request.container == "full":
+            fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_SPACE", "no room: remove images")
+        volume = volume_pb2.ContainerVolume(
+            container=request.container, mount_point=request.mount_point, size_bytes=request.size_bytes
+        )
+        return volume_pb2.ResizeVolumeResponse(volume=volume)
+
+    def ExportVolume(self, request, context):
+        Response = volume_pb2.ExportVolumeResponse
+        yield Response(progress=f"converting to {request.format}")
+        name = "../evil" if request.container == "evil" else "root.hds"
+        yield Response(file=volume_pb2.ExportedFile(name=name, size_bytes=3 << 20))
+        yield Response(piece=volume_pb2.ExportedPiece(offset=1 << 20, data=b"x" * 100))
+        if request.container == "broken":
+            fail(context, grpc.StatusCode.INTERNAL, "EXECUTION_FAILED", "qemu-img failed")
+        if request.format == "ploop":
+            yield Response(file=volume_pb2.ExportedFile(name="DiskDescriptor.xml", size_bytes=3))
+            yield Response(piece=volume_pb2.ExportedPiece(offset=0, data=b"xml"))
 
 
 class Hosts(host_pb2_grpc.HostServiceServicer):
@@ -212,13 +265,15 @@ class FakeAgent:
     def __init__(self, socket: str) -> None:
         self.socket = socket
         self.containers = Containers()
+        self.images = Images()
         self.migrations = Migrations()
         self._server = self._serve()
 
     def _serve(self) -> grpc.Server:
         server = grpc.server(ThreadPoolExecutor(8))
         container_pb2_grpc.add_ContainerServiceServicer_to_server(self.containers, server)
-        image_pb2_grpc.add_ImageServiceServicer_to_server(Images(), server)
+        image_pb2_grpc.add_ImageServiceServicer_to_server(self.images, server)
+        volume_pb2_grpc.add_VolumeServiceServicer_to_server(Volumes(), server)
         host_pb2_grpc.add_HostServiceServicer_to_server(Hosts(), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(self.migrations, server)
         server.add_insecure_port(f"unix:{self.socket}")

@@ -1,0 +1,142 @@
+"""`migrator volume …`."""
+
+import sys
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from migrator.cli import output
+from migrator.cli.amounts import SIZE
+from migrator.cli.base import Group, settings
+from migrator.cli.connection import READ_S, agent
+from migrator.cli.names import CONTAINER, check_name
+from migrator.cli.transfer import Download
+from migrator.errors import Exit, InvalidArgument
+from migrator.units import format_size
+from migrator.v1 import volume_pb2
+from migrator.v1.volume_pb2_grpc import VolumeServiceStub
+
+# Shrinking moves blocks and checks all of the file system.
+RESIZE_S = 3600.0
+
+
+class _VolumeName(click.ParamType[tuple[str, str]]):
+    """CT or CT:MOUNT as container and mount point."""
+
+    name = "volume"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        container, colon, mount_point = str(value).partition(":")
+        try:
+            check_name(container)
+            if colon and not mount_point.startswith("/"):
+                raise InvalidArgument(f"{mount_point!r} is not where a volume is mounted, such as /data")
+        except InvalidArgument as error:
+            self.fail(str(error), param, ctx)
+        return container, mount_point or "/"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return CONTAINER.shell_complete(ctx, param, incomplete)
+
+
+VOLUME = _VolumeName()
+
+
+@click.group("volume", cls=Group)
+def group() -> None:
+    """Disks of containers."""
+
+
+@group.command("ls")
+@click.argument("container", type=CONTAINER, required=False)
+def ls(container: str | None) -> None:
+    """List the volumes of all containers, or of one."""
+    with agent() as channel:
+        request = volume_pb2.ListVolumesRequest(container=container or "")
+        volumes = VolumeServiceStub(channel).ListVolumes(request, timeout=READ_S).volumes
+    if settings().json:
+        output.write_json([output.to_object(volume) for volume in volumes])
+        return
+    rows = [
+        [
+            volume.container,
+            volume.mount_point,
+            format_size(volume.size_bytes),
+            format_size(volume.allocated_bytes),
+            volume.filesystem,
+        ]
+        for volume in volumes
+    ]
+    output.write_table(["CONTAINER", "MOUNT", "SIZE", "ALLOCATED", "FS"], rows)
+
+
+@group.command("resize")
+@click.argument("volume", type=VOLUME, metavar="CONTAINER[:MOUNT]")
+@click.argument("size", type=SIZE)
+def resize(volume: tuple[str, str], size: int) -> None:
+    """Make a volume larger or smaller: the root volume, or that which is mounted at MOUNT.
+
+    It grows while the container runs. It becomes smaller only while the container is stopped, and never with XFS.
+
+    \b
+    migrator volume resize ct101 20GiB
+    migrator volume resize ct101:/data 100GiB
+    """
+    container, mount_point = volume
+    request = volume_pb2.ResizeVolumeRequest(container=container, mount_point=mount_point, size_bytes=size)
+    with agent() as channel:
+        resized = VolumeServiceStub(channel).ResizeVolume(request, timeout=RESIZE_S).volume
+    if settings().json:
+        output.write_json(output.to_object(resized))
+    else:
+        print(f"{resized.container}:{resized.mount_point} has {format_size(resized.size_bytes)}")
+
+
+@group.command("export")
+@click.option("--format", "kind", type=click.Choice(["raw", "qcow2", "ploop"]), default="raw", show_default=True)
+@click.option("--snapshot", metavar="NAME", help="As it was at this snapshot, also of a running container.")
+@click.argument("volume", type=VOLUME, metavar="CONTAINER[:MOUNT]")
+@click.argument("path", type=click.Path(path_type=Path))
+def export(volume: tuple[str, str], path: Path, kind: str, snapshot: str | None) -> None:
+    """Write a stopped container's volume to a file on this machine, or with ploop to a folder.
+
+    A ploop folder has DiskDescriptor.xml and root.hds, of version 2, for the tools of OpenVZ and for qemu-img.
+
+    \b
+    migrator volume export ct101 ct101.qcow2 --format qcow2
+    migrator volume export ct101:/data data.hdd --format ploop
+    """
+    container, mount_point = volume
+    request = volume_pb2.ExportVolumeRequest(
+        container=container, mount_point=mount_point, format=kind, snapshot=snapshot or ""
+    )
+    download = Download(path, is_folder=kind == "ploop")
+    size_bytes = 0
+    try:
+        with agent() as channel:
+            responses = VolumeServiceStub(channel).ExportVolume(request)
+            try:
+                for response in responses:
+                    match response.WhichOneof("response"):
+                        case "file":
+                            download.begin(response.file.name, response.file.size_bytes)
+                            size_bytes += response.file.size_bytes
+                        case "piece":
+                            download.write(response.piece.offset, response.piece.data)
+                        case _ if response.progress:
+                            print(output.printable(response.progress), file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                responses.cancel()
+                print("migrator: interrupted; nothing was exported", file=sys.stderr)
+                raise SystemExit(int(Exit.CANCELLED)) from None
+        download.finish()
+    finally:
+        download.discard()
+    if settings().json:
+        written = {"path": str(path), "format": kind, "size_bytes": size_bytes}
+        output.write_json(written | {"written_bytes": download.written_bytes})
+    else:
+        print(path)
