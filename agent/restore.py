@@ -20,7 +20,7 @@ from pathlib import Path
 
 from agent.processes import Process, command
 from agent.runtime import Launch
-from migrator.criu import last_errors
+from migrator.images import last_errors
 from migrator.errors import ExecutionError
 
 WARM_TIMEOUT_S = 20.0

@@ -20,7 +20,8 @@ from typing import Self
 from pycriu import rpc_pb2 as rpc
 
 from migrator.errors import ExecutionError
-from migrator.images import rearm_timers
+from migrator.images import last_errors, rearm_timers
+from migrator.pageless import Pageless
 
 MESSAGE_BYTES = 1 << 20
 GHOST_LIMIT_BYTES = 1 << 30
@@ -41,6 +42,8 @@ class DumpRequest:
     # Key to value of CRIU's external mounts: bind mounts and masked files.
     external_mounts: Mapping[str, str] = field(default_factory=dict)
     network_namespace_inode: int = 0
+    # A folder beside `images` that `pageless.write_parent` has filled: then no memory is dumped.
+    parent: Path | None = None
 
 
 class Criu:
@@ -48,11 +51,13 @@ class Criu:
 
     ROLLBACK_S = 5.0
 
-    def __init__(self, program: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, program: str, environment: Mapping[str, str], pageless: Pageless | None = None) -> None:
+        """With `pageless` it can dump against a parent that has every page."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            command = [program, "swrk", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                [program, "swrk", str(theirs.fileno())],
+                command if pageless is None else pageless.command(command),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -148,18 +153,11 @@ def _dump_message(request: DumpRequest, images: int, work: int) -> rpc.criu_req:
         log_file=LOG,
         config_file=str(request.configuration),
     )
+    if request.parent is not None:
+        options.track_mem = True
+        options.parent_img = f"../{request.parent.name}"
     if request.network_namespace_inode:
         options.external.append(f"net[{request.network_namespace_inode}]:extRootNetNS")
     for key, value in request.external_mounts.items():
         options.ext_mnt.add(key=key, val=value)
     return rpc.criu_req(type=rpc.DUMP, opts=options)
-
-
-def last_errors(log: Path) -> str:
-    """The last error lines of a log of CRIU's, for people; empty if there are none."""
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    errors = [line for line in lines if "Error" in line and "RLIMIT_NOFILE" not in line]
-    return "".join(f"\n  {line}" for line in errors[-3:])

@@ -33,6 +33,16 @@ def rearm_timers(images: Path) -> None:
         path.write_bytes(content[: _MAGICS.size] + _joined([entry.SerializeToString() for entry in entries]))
 
 
+def last_errors(log: Path) -> str:
+    """The last error lines of a log of CRIU's, for people; empty if there are none."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    errors = [line for line in lines if "Error" in line and "RLIMIT_NOFILE" not in line]
+    return "".join(f"\n  {line}" for line in errors[-3:])
+
+
 def _entries(content: bytes) -> Iterator[bytes]:
     offset = _MAGICS.size
     while offset < len(content):

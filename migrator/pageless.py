@@ -1,0 +1,187 @@
+"""A dump by CRIU that copies no memory, because all of it was tracked and sent by us.
+
+CRIU leaves out a page that has not changed since a parent dump and is in it. Both are made to hold for every page: the
+parent is written here, with a pagemap that claims the whole address space of every process, and CRIU is told by its
+cache of kernel features, /run/criu.kdat, that the kernel tracks changes although it does not. The cache is changed for
+one CRIU alone, in a mount namespace of its own. Its layout is CRIU's own affair (4.2: a byte at offset 32), so the byte
+is found by trying, and `probe` dumps a process of its own before anything relies on it.
+
+On a kernel that does track changes (CONFIG_MEM_SOFT_DIRTY) this is not used: there pages count as changed.
+"""
+
+import os
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycriu.images import inventory_pb2, pagemap_pb2
+from pycriu.images.magic import by_name
+
+from migrator.errors import ExecutionError
+from migrator.images import last_errors
+
+CACHE = Path("/run/criu.kdat")
+# has_dirty_track of struct kerndat_s; others are tried if it is elsewhere.
+LIKELY_OFFSET = 32
+PROBE_TIMEOUT_S = 20.0
+
+_PRESENT = 4
+_PAGE = 4096
+_FIRST, _END = 0x10000, 0x7FFFFFFFF000
+# Later than any process: CRIU takes one that began after the parent dump for another with the same pid.
+_DISTANT_US = 1 << 60
+
+_WITH_CACHE = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+_WITH_RUN = 'mount -t tmpfs tmpfs /run && if [ -e "$1" ]; then cp "$1" "$2"; fi && shift 2 && exec "$@"'
+_UNSHARE = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
+
+
+@dataclass(frozen=True)
+class Pageless:
+    """What `probe` has found to work."""
+
+    cache: Path
+
+    def command(self, criu: list[str]) -> list[str]:
+        """The command line, in a mount namespace where the cache is the changed one; the process stays the same."""
+        CACHE.touch()
+        return [*_UNSHARE, _WITH_CACHE, "criu", str(self.cache), str(CACHE), *criu]
+
+
+def write_parent(folder: Path, pids: Iterable[int]) -> None:
+    """A parent dump that has every page of these processes, by their pids as CRIU has them. Repeatable, adds to it."""
+    template = folder / "pagemap"
+    if not template.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = (_END - _FIRST) // _PAGE
+        _write(
+            template,
+            "PAGEMAP",
+            pagemap_pb2.pagemap_head(pages_id=1),
+            pagemap_pb2.pagemap_entry(vaddr=_FIRST, nr_pages=whole, compat_nr_pages=0, flags=_PRESENT),
+        )
+        (folder / "pages-1.img").touch()
+        _write(
+            folder / "inventory.img",
+            "INVENTORY",
+            inventory_pb2.inventory_entry(img_version=2, dump_uptime=_DISTANT_US),
+        )
+    for pid in pids:
+        path = folder / f"pagemap-{pid}.img"
+        if not path.exists():
+            os.link(template, path)
+
+
+def probe(criu: str, environment: Mapping[str, str], folder: Path) -> Pageless:
+    """Find the byte, dump a small process without pages, and look at what was written. Takes some 0.2 s.
+
+    The changed cache is kept in `folder`. Raises ExecutionError with the reason if it does not work here.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="probe-") as temporary:
+        work = Path(temporary)
+        cache = _patched(criu, environment, work)
+        kept = folder / "criu.kdat"
+        kept.write_bytes(cache)
+        pageless = Pageless(kept)
+        _dump_sleeper(criu, environment, pageless, work)
+    return pageless
+
+
+def _patched(criu: str, environment: Mapping[str, str], work: Path) -> bytes:
+    original, trial = work / "original", work / "trial"
+    copy = 'mount -t tmpfs tmpfs /run && "$0" check >/dev/null; cp "$1" "$2"'
+    _run([*_UNSHARE, copy, criu, str(CACHE), str(original)], environment)
+    content = original.read_bytes()
+    for offset in (LIKELY_OFFSET, *range(len(content))):
+        if content[offset] != 0:
+            continue
+        trial.write_bytes(content[:offset] + b"\1" + content[offset + 1 :])
+        check = [criu, "check", "--feature", "mem_dirty_track"]
+        done = _try([*_UNSHARE, _WITH_RUN, "criu", str(trial), str(CACHE), *check], environment)
+        if done.returncode == 0:
+            return trial.read_bytes()
+    raise ExecutionError(f"this CRIU's cache of kernel features ({len(content)} bytes) is not understood")
+
+
+def _dump_sleeper(criu: str, environment: Mapping[str, str], pageless: Pageless, work: Path) -> None:
+    images, parent = work / "images", work / "parent"
+    images.mkdir()
+    # With the cache in its own mount namespace, so that CRIU beside it need not dump that.
+    sleeper = subprocess.Popen(
+        pageless.command(["sh", "-c", f"exec sleep {PROBE_TIMEOUT_S:g} </dev/null >/dev/null 2>&1"]),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while Path(f"/proc/{sleeper.pid}/comm").read_text() != "sleep\n":
+            if sleeper.poll() is not None:
+                raise ExecutionError("a mount namespace with the changed cache could not be made")
+            time.sleep(0.001)
+        write_parent(parent, [sleeper.pid])
+        dump = [
+            "nsenter",
+            "--target",
+            str(sleeper.pid),
+            "--mount",
+            criu,
+            "dump",
+            "-t",
+            str(sleeper.pid),
+            "-D",
+            str(images),
+            "-o",
+            "dump.log",
+            "--leave-running",
+        ]
+        dump += ["--track-mem", "--prev-images-dir", "../parent"]
+        if _try(dump, environment).returncode != 0:
+            raise ExecutionError(f"a dump without pages failed:{last_errors(images / 'dump.log')}")
+        pages = sum(path.stat().st_size for path in images.glob("pages-*.img"))
+        if pages:
+            raise ExecutionError(f"CRIU wrote {pages} bytes of memory that it was told not to write")
+    finally:
+        sleeper.send_signal(signal.SIGKILL)
+        sleeper.wait()
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
+    done = _try(command, environment)
+    if done.returncode != 0:
+        words = (done.stdout + done.stderr).strip().splitlines()[-3:]
+        raise ExecutionError(f"{' '.join(command[-6:])} exited with code {done.returncode}: {'; '.join(words)}")
+
+
+def _try(command: list[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PROBE_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExecutionError(f"{command[0]} did not end within {PROBE_TIMEOUT_S:g} s") from error
+
+
+def _write(
+    path: Path,
+    kind: str,
+    *entries: "pagemap_pb2.pagemap_head | pagemap_pb2.pagemap_entry | inventory_pb2.inventory_entry",
+) -> None:
+    payloads = [entry.SerializeToString() for entry in entries]
+    # The inventory alone has no magic of images before its own.
+    magics = [by_name[kind]] if kind == "INVENTORY" else [by_name["IMG_COMMON"], by_name[kind]]
+    content = b"".join(struct.pack("<I", magic) for magic in magics)
+    path.write_bytes(content + b"".join(struct.pack("<I", len(payload)) + payload for payload in payloads))
