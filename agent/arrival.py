@@ -10,7 +10,8 @@ from pathlib import Path
 
 import structlog
 
-from agent import examination, oci
+from agent import arriving_snapshots, examination, oci
+from agent.arriving_snapshots import ArrivingSnapshots
 from agent.assembly import interfaces, volume_name
 from agent.container_records import State
 from agent.journal import Incomings
@@ -20,6 +21,7 @@ from agent.restore import HeldRestore
 from agent.rootfs import User
 from agent.runtime import Launch, Restore, find_program
 from agent.specs import check_arrival, check_binds
+from blockdev.blocks import Piece
 from migrator.errors import ExecutionError, NotFound
 from migrator.hold import TrafficHold
 from migrator.source import FEATURES, Here
@@ -48,6 +50,7 @@ class Arriving:
         self._launch: Launch | None = None
         self._hold: TrafficHold | None = None
         self.has_base = False
+        self._snapshots = ArrivingSnapshots(managers.snapshots, request)
 
     # -- what it consists of ----------------------------------------------------------------------------------------
 
@@ -122,6 +125,14 @@ class Arriving:
         restore = Restore(self._restore.images, programs=self._restore.programs)
         self._launch = self._managers.runtime.launch(self._name, restore)
         self._restore.wait_warm(self._launch)
+
+    def write_snapshot(self, name: str, piece: Piece) -> None:
+        """Store a piece of a snapshot."""
+        self._snapshots.write(name, piece)
+
+    def keep_snapshots(self) -> None:
+        """The snapshots are complete; the volumes begin as the current one."""
+        self._snapshots.keep(list(zip(self.volumes, (v.size_bytes for v in self._spec.volumes), strict=True)))
 
     def hold_traffic(self) -> None:
         """The switch sends the container's frames here from now on."""
@@ -226,6 +237,7 @@ class Arriving:
 
     def _close(self) -> None:
         self._restore.close()
+        self._snapshots.close()
         if self._launch is not None:
             self._launch.close()
         if self._hold is not None:
@@ -257,6 +269,7 @@ class ArrivingHost:
         """Undone by itself if it fails."""
         check_arrival(request.container, request.spec)
         check_binds(request.spec)
+        arriving_snapshots.check(request)
         arriving = Arriving(self._managers, request)
         arriving.reserve()
         return arriving

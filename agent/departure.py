@@ -26,7 +26,8 @@ from blockdev.tracker import BpfTracker, WriteTracker
 from blockdev.volume import MountedVolume
 from migrator.criu import Criu, DumpRequest
 from migrator.ports import Checkpoint, LeavingVolume
-from migrator.v1 import container_pb2, peer_pb2
+from migrator.snapshots import LeavingSnapshot
+from migrator.v1 import container_pb2, migration_pb2, peer_pb2
 
 DUMP_TIMEOUT_S = 120.0
 WARM_UP_TIMEOUT_S = 10.0
@@ -46,7 +47,9 @@ log = structlog.get_logger()
 class Departing:
     """One container under a lease for its migration."""
 
-    def __init__(self, managers: Managers, record: Record, folder: Path) -> None:
+    def __init__(
+        self, managers: Managers, record: Record, folder: Path, snapshots: migration_pb2.SnapshotHandling
+    ) -> None:
         self.name = record.name
         self.spec: container_pb2.ContainerSpec = record.spec
         self.state = record.state.message
@@ -57,6 +60,7 @@ class Departing:
         self._folder = folder
         self._paths = managers.runtime.paths(self.name)
         self._cgroup = managers.runtime.cgroup(self.name)
+        self._snapshot_handling = snapshots
         self._backlog: Backlog
         self._between_rehearsals = threading.Lock()
 
@@ -74,6 +78,13 @@ class Departing:
             LeavingVolume(volume.path, volume.size_bytes, mount.device.path, mount.at)
             for volume, mount in zip(images, mounted, strict=True)
         ]
+
+    @property
+    def snapshots(self) -> Sequence[LeavingSnapshot]:
+        """Those that are to move with it, if so was asked."""
+        if self._snapshot_handling != migration_pb2.SNAPSHOT_HANDLING_MOVE:
+            return []
+        return self._managers.snapshots.leaving(self.name)
 
     @property
     def images(self) -> Path:
@@ -113,6 +124,15 @@ class Departing:
                         message=f"an exec session is open in {self.name} (process {pid}: {command}); end it first",
                     )
                 )
+        count = len(self._managers.snapshots.records.of(self.name))
+        if count and not self._snapshot_handling:
+            found.append(
+                peer_pb2.Objection(
+                    reason="SNAPSHOTS",
+                    message=f"{self.name} has {count} snapshot{'s' if count > 1 else ''}: --with-snapshots takes them "
+                    "along, --without-snapshots deletes them with the copy on this host",
+                )
+            )
         for bind in self.spec.binds:
             if not bind.shared:
                 found.append(

@@ -10,6 +10,7 @@ from agent.database import Database
 from agent.images import Images
 from agent.network import Networks
 from agent.runtime import Runtime
+from agent.snapshots import SnapshotKeeper
 from blockdev.volume import VolumeStore
 
 
@@ -26,6 +27,7 @@ class Managers:
     networks: Networks
     assembly: Assembly
     containers: Containers
+    snapshots: SnapshotKeeper
 
     def migration_folder(self, migration: str) -> Path:
         """Where one migration keeps what is gone after a reboot: CRIU's images, pipes."""

@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS migrations (
     migration BLOB NOT NULL
 ) STRICT
 """
+DROP = migration_pb2.SNAPSHOT_HANDLING_DROP
 KEPT = 1000
 WATCH_INTERVAL_S = 5.0
 SETTLE_TIMEOUT_S = 5.0
@@ -68,6 +69,7 @@ class Migrations:
             record = self._managers.containers.record(request.container)
             if record.state == "arriving":
                 raise Precondition(f"{record.name} is on its way to this host", reason="WRONG_STATE")
+            record = self._managers.snapshots.settle(record.name)
             peer = stack.enter_context(RemotePeer(self._managers.config, request.destination))
             migration = migration_pb2.Migration(
                 name=name, container=record.name, source=host, destination=request.destination, where_running=host
@@ -75,7 +77,7 @@ class Migrations:
             migration.create_time.FromMilliseconds(time.time_ns() // 1_000_000)
             progress = Progress(migration, request.timeout_ms)
             self._store.save(migration)
-            departing = self._departing(record, name)
+            departing = self._departing(record, name, request.snapshots)
             departure = Departure(name, self._here, departing, peer, self._outgoings, progress, options)
             self._begin(name, progress, departure.run, stack.pop_all())
         return progress.snapshot()
@@ -191,8 +193,8 @@ class Migrations:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _departing(self, record: Record, migration: str) -> Departing:
-        return Departing(self._managers, record, self._managers.migration_folder(migration))
+    def _departing(self, record: Record, migration: str, snapshots: migration_pb2.SnapshotHandling = DROP) -> Departing:
+        return Departing(self._managers, record, self._managers.migration_folder(migration), snapshots)
 
     def _wait_settled(self, name: str, migration: migration_pb2.Migration) -> None:
         """Who hears of the end may start the next thing at once: the container's lease is given back by then."""

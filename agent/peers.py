@@ -74,6 +74,10 @@ class RemotePeer:
         answer: peer_pb2.PrepareResponse = self._wait(self._stub.Prepare.future(request, timeout=SLOW_S))
         return answer
 
+    def keep_snapshots(self, migration: str, epoch: int) -> None:
+        request = peer_pb2.KeepSnapshotsRequest(migration=migration, epoch=epoch)
+        self._wait(self._stub.KeepSnapshots.future(request, timeout=SLOW_S))
+
     def digest_volume(
         self, migration: str, epoch: int, target: str, chunk_bytes: int
     ) -> Iterator[peer_pb2.DigestVolumeResponse]:

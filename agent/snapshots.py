@@ -23,6 +23,7 @@ from blockdev.snapshot import SnapshotStore
 from blockdev.tracker import BpfTracker
 from blockdev.volume import VolumeStore
 from migrator.errors import Busy, InvalidArgument, MigratorError, Precondition
+from migrator.snapshots import LeavingSnapshot
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 
@@ -67,6 +68,22 @@ class SnapshotKeeper:
             self.roll_back(snapshot)
         return self._containers.get(container)
 
+    def leaving(self, container: str) -> Sequence[LeavingSnapshot]:
+        """All of a container's, to be sent to another host."""
+        found = self.records.of(container)
+        numbers: dict[str | None, int] = {snapshot.id: number for number, snapshot in enumerate(found)}
+        return [
+            LeavingSnapshot(
+                name=snapshot.name,
+                parent=numbers.get(snapshot.parent),
+                create_time_ms=snapshot.create_time_ms,
+                is_current=snapshot.is_current,
+                volumes=snapshot.volumes,
+                images=self.store.images(snapshot.id),
+            )
+            for snapshot in found
+        ]
+
     def delete(self, snapshot: Snapshot) -> None:
         """What shares extents with it keeps them."""
         self.records.delete(snapshot)
@@ -107,7 +124,7 @@ class Snapshots:
         with self._containers.hold(container, "a snapshot of it is being taken"):
             record = self._containers.record(container)
             record.refuse("take a snapshot of", State.ARRIVING)
-            name = _checked(name) if name else self._free_name(container)
+            name = check_name(name) if name else self._free_name(container)
             self._records.check_free(container, name)
             record = self._keeper.settle(container)
             snapshot, stood_still_s = self._keeper.take(record, name, check)
@@ -191,7 +208,8 @@ class Snapshots:
         return name
 
 
-def _checked(name: str) -> str:
+def check_name(name: str) -> str:
+    """The name, if it can be a snapshot's. Raises InvalidArgument."""
     if not NAME.fullmatch(name):
         raise InvalidArgument(
             f"{name!r} cannot be a snapshot's name: 1 to 40 of a-z, 0-9, '.', '-' and '_'; the first a letter or digit"

@@ -154,7 +154,9 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
     keeper = SnapshotKeeper(database, assembly, volumes, folder / "snapshots")
     containers = Containers(database, runtime, assembly, image_store, Assignment(config), keeper)
     resources.callback(containers.close)
-    managers = Managers(config, config_file, database, runtime, volumes, image_store, networks, assembly, containers)
+    managers = Managers(
+        config, config_file, database, runtime, volumes, image_store, networks, assembly, containers, keeper
+    )
     here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
     incomings = Incomings(database)
     arrival_host = arrival.ArrivingHost(managers, here, incomings)

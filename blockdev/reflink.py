@@ -36,14 +36,22 @@ def clone(source: Path, target: Path) -> None:
     try:
         copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.ioctl(copy, _FICLONE, original)
+            clone_into(original, copy)
         except OSError as error:
             target.unlink()
-            raise OSError(error.errno, f"FICLONE: {error.strerror}", str(target)) from error
+            raise OSError(error.errno, error.strerror, str(target)) from error
         finally:
             os.close(copy)
     finally:
         os.close(original)
+
+
+def clone_into(source: int, target: int) -> None:
+    """Let an empty file share all of a source; both are descriptors."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as error:
+        raise OSError(error.errno, f"FICLONE: {error.strerror}", f"descriptor {target}") from error
 
 
 def clone_range(source: int, target: int, part: Range) -> None:

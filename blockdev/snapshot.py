@@ -38,37 +38,57 @@ class SnapshotStore:
         `track` and `check` are for `live_clone.clone`.
         """
         with self.new(identifier) as folder:
-            sources = [Source(image, at, folder / _image(index)) for index, (image, at) in enumerate(volumes)]
+            sources = [Source(image, at, self.image_in(folder, index)) for index, (image, at) in enumerate(volumes)]
             return live_clone.clone(sources, track, check)
 
     def copy(self, identifier: str, images: Sequence[Path]) -> None:
         """Snapshot volumes at rest."""
         with self.new(identifier) as folder:
             for index, image in enumerate(images):
-                reflink.clone(image, folder / _image(index))
-                durable.sync(folder / _image(index))
+                reflink.clone(image, self.image_in(folder, index))
+                durable.sync(self.image_in(folder, index))
 
     @contextmanager
     def new(self, identifier: str) -> Iterator[Path]:
         """A folder to put durable images into: the snapshot at the end of the block, and gone if that fails."""
-        path = self._path(identifier)
-        unfinished = path.with_name(path.name + UNFINISHED)
-        unfinished.mkdir(mode=0o700)
+        unfinished = self.begin(identifier)
         try:
             yield unfinished
-            durable.sync(unfinished)
-            unfinished.rename(path)
+            self.finish(identifier)
         except BaseException:
-            shutil.rmtree(unfinished)
+            self.abandon(identifier)
             raise
+
+    def begin(self, identifier: str) -> Path:
+        """A folder to put durable images into, named by `image_in`. `finish` or `abandon` it."""
+        unfinished = self._unfinished(identifier)
+        unfinished.mkdir(mode=0o700)
+        return unfinished
+
+    def finish(self, identifier: str) -> None:
+        """It is a snapshot from now on."""
+        unfinished = self._unfinished(identifier)
+        durable.sync(unfinished)
+        unfinished.rename(self._path(identifier))
         durable.sync(self.folder)
+
+    def abandon(self, identifier: str) -> None:
+        """Delete what was begun; repeatable."""
+        unfinished = self._unfinished(identifier)
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+
+    @staticmethod
+    def image_in(folder: Path, index: int) -> Path:
+        """Where the image of a volume is in a snapshot's folder."""
+        return folder / f"{index}{SUFFIX}"
 
     def images(self, identifier: str) -> list[Path]:
         """In the order of the volumes. Raises BlockError if there is no such snapshot."""
         path = self._path(identifier)
         if not path.is_dir():
             raise BlockError(f"there is no snapshot {identifier} in {self.folder}")
-        return [path / _image(index) for index in range(len(list(path.iterdir())))]
+        return [self.image_in(path, index) for index in range(len(list(path.iterdir())))]
 
     def allocated_bytes(self, identifier: str) -> list[int]:
         """What each image takes on the host, shared or not; empty if there is no such snapshot any more."""
@@ -96,11 +116,11 @@ class SnapshotStore:
             for path in self.folder.glob(f"*{suffix}"):
                 shutil.rmtree(path)
 
+    def _unfinished(self, identifier: str) -> Path:
+        path = self._path(identifier)
+        return path.with_name(path.name + UNFINISHED)
+
     def _path(self, identifier: str) -> Path:
         if not ID.fullmatch(identifier):
             raise BlockError(f"{identifier!r} cannot be a snapshot's identifier")
         return self.folder / identifier
-
-
-def _image(index: int) -> str:
-    return f"{index}{SUFFIX}"

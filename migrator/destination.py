@@ -115,6 +115,13 @@ class Arrival:
                 self._streams -= 1
                 self._streams_ended.notify_all()
 
+    def keep_snapshots(self) -> None:
+        """Every piece of the snapshots has been sent."""
+        with self._lock:
+            self._expect(Stage.PREPARED)
+            self._reservation.keep_snapshots()
+            faults.point("destination.snapshots")
+
     def hold_traffic(self) -> None:
         """Take the container's frames from the network and keep them."""
         with self._lock:
@@ -292,6 +299,8 @@ class Arrival:
         if kind == "volume" and request.target in self._volumes:
             descriptor, size = self._volumes[request.target]
             blocks.write(descriptor, self._receiver.piece(request), size)
+        elif kind == "snapshot":
+            self._reservation.write_snapshot(name, self._receiver.piece(request))
         elif kind == "image" and self._live:
             write_file(self._reservation.images, name, self._receiver.piece(request))
         elif request.target == "log":

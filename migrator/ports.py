@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from blockdev.blocks import Piece
 from blockdev.tracker import WriteTracker
+from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, peer_pb2
 
 
@@ -41,6 +43,10 @@ class LeavingContainer(Protocol):
 
     @property
     def volumes(self) -> Sequence[LeavingVolume]: ...
+
+    @property
+    def snapshots(self) -> Sequence[LeavingSnapshot]:
+        """Those that move with it; parents come before their children."""
 
     @property
     def images(self) -> Path:
@@ -113,6 +119,12 @@ class Reservation(Protocol):
     @property
     def log(self) -> Path: ...
 
+    def write_snapshot(self, name: str, piece: Piece) -> None:
+        """Store a piece of a snapshot, NUMBER/VOLUME. Raises PeerError, BlockError."""
+
+    def keep_snapshots(self) -> None:
+        """All pieces are there: make the snapshots durable, and clone the volumes from the current one. Repeatable."""
+
     def warm_up(self) -> None:
         """Start all of the restore that needs no image, and have it wait."""
 
@@ -164,6 +176,8 @@ class Peer(Protocol):
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse: ...
+
+    def keep_snapshots(self, migration: str, epoch: int) -> None: ...
 
     def digest_volume(
         self, migration: str, epoch: int, target: str, chunk_bytes: int

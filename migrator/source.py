@@ -16,7 +16,7 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import disk, faults, recovery, verify
+from migrator import disk, faults, recovery, snapshots, verify
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import (
@@ -33,10 +33,11 @@ from migrator.files import read_file
 from migrator.handover import Decision, HandoverError, OutgoingJournal, Stage
 from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
+from migrator.snapshots import SnapshotCopy
 from migrator.stream import Digests, Meter, Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
-FEATURES = ("send-v1",)
+FEATURES = ("send-v1", snapshots.FEATURE)
 # How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
 ANSWER_PATIENCE_S = 15.0
 ANSWER_RETRY_S = 0.5
@@ -93,6 +94,7 @@ class Departure:
         self._live = is_live(container.state)
         self._digests = Digests()
         self._meter = Meter(options.bandwidth_bytes_per_s)
+        self._snapshots = SnapshotCopy(container.snapshots)
         self._planned_bytes = 0
         self._log_bytes = 0
         self._epoch = 0
@@ -158,6 +160,7 @@ class Departure:
         """Questions only. Returns the highest epoch that the destination knows for this name."""
         container = self._container
         self._planned_bytes = sum(extents.total(disk.allocated(volume)) for volume in container.volumes)
+        self._planned_bytes += self._snapshots.total_bytes
         answer = self._peer.examine(
             peer_pb2.ExamineRequest(
                 container=container.name,
@@ -170,6 +173,9 @@ class Departure:
             )
         )
         objections = [*container.objections(), *answer.objections]
+        if container.snapshots and snapshots.FEATURE not in answer.features:
+            message = f"the agent of {self._peer.host} is too old to take snapshots: use --without-snapshots"
+            objections.append(peer_pb2.Objection(reason="SNAPSHOTS", message=message))
         if objections:
             raise Precondition("; ".join(o.message for o in objections), reason=objections[0].reason)
         return answer.last_epoch
@@ -189,6 +195,7 @@ class Departure:
                 features=FEATURES,
                 create_time_ms=container.create_time_ms,
                 start_time_ms=container.start_time_ms,
+                snapshots=self._snapshots.described,
             )
         )
         faults.point("source.prepare")
@@ -203,15 +210,26 @@ class Departure:
         container = self._container
         copy = DiskCopy(container, undo)
         sender = self._sender()
+        has_bases = [*container.volumes][: 1 if has_base else 0]
+        if container.snapshots:
+            self._send_snapshots(sender)
+            has_bases = [*container.volumes]
         bases = {}
-        if has_base:
-            size = container.volumes[0].size_bytes
-            runs = self._peer.digest_volume(self._name, self._epoch, "volume/0", verify.BLOCK_BYTES)
-            bases["volume/0"] = verify.chunks(runs, size, verify.BLOCK_BYTES)
+        for index, volume in enumerate(has_bases):
+            target = f"volume/{index}"
+            runs = self._peer.digest_volume(self._name, self._epoch, target, verify.BLOCK_BYTES)
+            bases[target] = verify.chunks(runs, volume.size_bytes, verify.BLOCK_BYTES)
         copy.run_rounds(self._peer.send, sender, bases, lambda: container.unwritten_bytes)
         self._peer.send(self._log(sender))
         faults.point("source.precopy")
         return copy
+
+    def _send_snapshots(self, sender: Sender) -> None:
+        """Afterwards each volume there is what it was when the current one was taken."""
+        with self._progress.step("snapshots"):
+            self._peer.send(self._snapshots.requests(sender))
+            self._peer.keep_snapshots(self._name, self._epoch)
+        faults.point("source.snapshots")
 
     def _rehearse(self) -> ExitStack:
         """The file systems are ready to be frozen until this is closed."""
@@ -369,7 +387,7 @@ class Departure:
         """After each piece: stop if asked to, and say how far it is."""
         self._progress.check()
         content = self._meter.content_bytes
-        copied = content.get("volume", 0)
+        copied = content.get("volume", 0) + content.get("snapshot", 0)
         self._progress.sent(
             memory=content.get("image", 0),
             disk=copied,

@@ -41,6 +41,12 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         except grpc.RpcError as error:
             raise PeerError("the source broke off its stream", reason="STREAM_BROKEN") from error
 
+    def KeepSnapshots(
+        self, request: peer_pb2.KeepSnapshotsRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.KeepSnapshotsResponse:
+        self._arrivals.get(caller_host(context), request.migration, request.epoch).keep_snapshots()
+        return peer_pb2.KeepSnapshotsResponse()
+
     def DigestVolume(
         self, request: peer_pb2.DigestVolumeRequest, context: grpc.ServicerContext
     ) -> Iterator[peer_pb2.DigestVolumeResponse]:

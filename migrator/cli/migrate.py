@@ -12,12 +12,24 @@ from migrator.cli.summary import exit_code, migration_object, write_summary
 from migrator.v1 import migration_pb2
 from migrator.v1.migration_pb2_grpc import MigrationServiceStub
 
+SNAPSHOTS = {
+    None: migration_pb2.SNAPSHOT_HANDLING_UNSPECIFIED,
+    True: migration_pb2.SNAPSHOT_HANDLING_MOVE,
+    False: migration_pb2.SNAPSHOT_HANDLING_DROP,
+}
+
 
 @click.command("migrate", cls=Command)
 @click.option("--check-only", is_flag=True, help="Only ask whether it could be moved; nothing is touched.")
 @click.option("--timeout", type=DURATION_MS, metavar="DURATION", help="Roll back if it takes longer, for example 60s.")
 @click.option("--bandwidth", type=RATE, metavar="RATE", help="Limit on all that is sent, for example 2Gbit/s.")
 @click.option("--verify", is_flag=True, help="Compare whole volumes while it stands still; roll back if they differ.")
+@click.option(
+    "--with-snapshots/--without-snapshots",
+    "snapshots",
+    default=None,
+    help="Take its snapshots along, or delete them with the copy here. One of the two is needed if there are any.",
+)
 @click.option("--detach", is_flag=True, help="Return at once; `migrator migrations watch` shows the rest.")
 @click.argument("container", type=CONTAINER)
 @click.argument("host", type=HOST)
@@ -29,6 +41,7 @@ def command(
     timeout: int | None,
     bandwidth: int | None,
     verify: bool,
+    snapshots: bool | None,
     detach: bool,
 ) -> int:
     """Move a running container from this host to another, live.
@@ -58,6 +71,7 @@ def command(
         timeout_ms=timeout or 0,
         bandwidth_bytes_per_second=bandwidth or 0,
         verify=verify,
+        snapshots=SNAPSHOTS[snapshots],
     )
     if detach:
         with agent() as channel:

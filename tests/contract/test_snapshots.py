@@ -136,6 +136,8 @@ def test_a_missed_event_costs_time_and_nothing_else(host: Host) -> None:
         def __init__(self, device: Path) -> None:
             self._size_bytes = SIZE["ext4"]
 
+        def start(self) -> None: ...
+
         def collect(self) -> list[Range]:
             return [Range(0, self._size_bytes)]
 
@@ -299,22 +301,21 @@ class Model(RuleBasedStateMachine):
             mounted.unmount()
         self._mounted = []
 
-    @precondition(lambda self: not self.running)
-    @rule()
     def start(self) -> None:
+        if self.running:
+            return
         self._keeper.settle(CONTAINER)
         self._up()
         self._records.update(CONTAINER, state=State.RUNNING)
 
-    @precondition(lambda self: self.running)
     @rule()
     def stop(self) -> None:
         self._down()
         self._records.update(CONTAINER, state=State.STOPPED)
 
-    @precondition(lambda self: self.running)
     @rule(index=st.integers(0, COUNT - 1), key=st.sampled_from(KEYS), value=st.binary(min_size=1, max_size=8))
     def write(self, index: int, key: str, value: bytes) -> None:
+        self.start()
         data = value * 40000
         (self._mounted[index].at / key).write_bytes(data)
         self.content[index, key] = data
@@ -325,13 +326,15 @@ class Model(RuleBasedStateMachine):
         self._number += 1
         self._keeper.take(self._records.get(CONTAINER), name, lambda: None)
         self.taken[name] = dict(self.content)
+        self._look_at_a_snapshot(name)
         self.parents[name] = self.current
         self.current = name
 
-    @precondition(lambda self: not self.running and self.taken)
+    @precondition(lambda self: self.taken)
     @rule(data=st.data(), done=st.sampled_from([COUNT, *range(COUNT)]))
     def roll_back(self, data: st.DataObject, done: int) -> None:
         """Whole, or interrupted after some of the volumes and carried on."""
+        self.stop()
         name = data.draw(st.sampled_from(sorted(self.taken)))
         snapshot = self._keeper.records.get(CONTAINER, name)
         if done == COUNT:
@@ -344,6 +347,7 @@ class Model(RuleBasedStateMachine):
             self._keeper.sweep()
             self._keeper.settle(CONTAINER)
         self.content, self.current = dict(self.taken[name]), name
+        self.look_at_the_volumes()
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
@@ -355,16 +359,18 @@ class Model(RuleBasedStateMachine):
         self.current = heir if self.current == name else self.current
         del self.taken[name]
 
-    @precondition(lambda self: not self.running)
     @rule()
     def look_at_the_volumes(self) -> None:
+        self.stop()
         images = [self._volumes.open(volume_name(CONTAINER, index)).path for index in range(COUNT)]
         assert self._read(images) == self.content
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
     def look_at_a_snapshot(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.taken)))
+        self._look_at_a_snapshot(data.draw(st.sampled_from(sorted(self.taken))))
+
+    def _look_at_a_snapshot(self, name: str) -> None:
         snapshot = self._keeper.records.get(CONTAINER, name)
         assert self._read(self._keeper.store.images(snapshot.id)) == self.taken[name]
 

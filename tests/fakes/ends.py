@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.journal import Incomings, Outgoings
+from blockdev.blocks import Piece
 from blockdev.extents import Range
 from migrator.destination import Arrivals
 from migrator.errors import ExecutionError, Unreachable
+from migrator.files import write_file
 from migrator.handover import Incoming, Outgoing, Stage
 from migrator.numbered import Outbound
 from migrator.ports import LeavingVolume
+from migrator.snapshots import LeavingSnapshot
+from migrator.source import FEATURES
 from migrator.v1 import container_pb2, peer_pb2
 from migrator.verify import BLOCK_BYTES
 
@@ -114,6 +118,8 @@ class FakeLeaving:
         self.log.write_text("a line\n")
         self.image = folder / "volume"
         self.image.write_bytes(bytes(range(256)) * (VOLUME_BYTES // 256))
+        self._snapshot = folder / "snapshot"
+        self._snapshot.write_bytes(b"s" * BLOCK_BYTES + self.image.read_bytes()[BLOCK_BYTES:])
         self.images = folder / "images"
         self.frozen = self.disconnected = self.fs_frozen = self.killed = self.removed = self.criu_holds = False
         self.guarded = False
@@ -125,6 +131,15 @@ class FakeLeaving:
     @property
     def volumes(self) -> Sequence[LeavingVolume]:
         return [LeavingVolume(self.image, VOLUME_BYTES, self.image if self._live else None, None)]
+
+    @property
+    def snapshots(self) -> Sequence[LeavingSnapshot]:
+        """One of them, as the volume was before it was changed, and one like it that came after."""
+        taken = [container_pb2.Volume(size_bytes=VOLUME_BYTES)]
+        return [
+            LeavingSnapshot(name, parent, 1, parent is not None, taken, [self._snapshot])
+            for name, parent in (("one", None), ("two", 0))
+        ]
 
     def stdio(self) -> Sequence[str]:
         return ["pipe:[1]"] * 3 if self._live else []
@@ -269,6 +284,19 @@ class FakeReservation:
         with self._call("destination.warm up"):
             self.left.add("runc")
 
+    def write_snapshot(self, name: str, piece: Piece) -> None:
+        assert name == "0/0"
+        with self._call("destination.write snapshot"):
+            (self._folder / "snapshot").touch()
+            write_file(self._folder, "snapshot", piece)
+            self.left.add("snapshot")
+
+    def keep_snapshots(self) -> None:
+        with self._call("destination.keep snapshots"):
+            assert (self._folder / "snapshot").stat().st_size == VOLUME_BYTES
+            with self.volumes[0].open("r+b") as volume:
+                volume.write((self._folder / "snapshot").read_bytes())
+
     def hold_traffic(self) -> None:
         with self._call("destination.hold traffic"):
             self.left.add("tap")
@@ -322,7 +350,7 @@ class FakeArrivalHost:
         self.reservations: dict[str, FakeReservation] = {}
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
-        return peer_pb2.ExamineResponse(host="b", last_epoch=3)
+        return peer_pb2.ExamineResponse(host="b", last_epoch=3, features=FEATURES)
 
     def reserve(self, request: peer_pb2.PrepareRequest) -> FakeReservation:
         folder = self._folder / str(next(self._numbers))
@@ -375,6 +403,10 @@ class LoopbackPeer:
     def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         with self._wire("prepare"):
             return self.arrivals.prepare("a", request)
+
+    def keep_snapshots(self, migration: str, epoch: int) -> None:
+        with self._wire("keep snapshots"):
+            self.arrivals.get("a", migration, epoch).keep_snapshots()
 
     def digest_volume(
         self, migration: str, epoch: int, target: str, chunk_bytes: int
