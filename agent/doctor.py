@@ -44,6 +44,9 @@ def _probes(config: Config) -> list[Probe]:
         partial(host_probes.program, "tar"),
         partial(host_probes.program, "zstd", needed_for="build and import images"),
         partial(host_probes.program, "mmdebstrap", needed_for="build images"),
+        partial(
+            host_probes.program, "qemu-img", needed_for="import qcow2 disks, and to export volumes as qcow2 or ploop"
+        ),
         host_probes.nftables,
         partial(host_probes.disk, config),
         partial(host_probes.bridge, config),

@@ -16,7 +16,7 @@ from agent.findings import Finding, ok, problem, warning
 from agent.hosts import criu_version
 from agent.peers import open_channel
 from agent.runtime import find_program
-from blockdev import loop, pool, reflink
+from blockdev import loop, pool, reflink, resize
 from blockdev.errors import BlockError
 from migrator import certificates, status
 from migrator.certificates import Role
@@ -86,7 +86,7 @@ def disk(config: Config) -> list[Finding]:
         folder = folder.parent
     if os.path.ismount(config.state_dir / pool.FOLDER):
         folder = config.state_dir / pool.FOLDER
-    return [_reflink(folder), _loop(folder), _room(folder)]
+    return [_reflink(folder), _loop(folder), _growth(), _room(folder)]
 
 
 def _reflink(folder: Path) -> Finding:
@@ -114,6 +114,17 @@ def _loop(folder: Path) -> Finding:
             subject, f"loop devices on {folder} go through the page cache", "keep state_dir on XFS, ext4 or btrfs"
         )
     return ok(subject, f"loop devices on {folder} do direct I/O")
+
+
+def _growth() -> Finding:
+    subject = "disk.growth"
+    if resize.may_grow_mounted("ext4"):
+        return ok(subject, "volumes can grow while their containers run")
+    return warning(
+        subject,
+        "without CAP_SYS_RESOURCE, volumes with ext4 grow only while their containers are stopped",
+        "let the agent have CAP_SYS_RESOURCE, or use xfs for volumes that have to grow",
+    )
 
 
 def _room(folder: Path) -> Finding:

@@ -182,7 +182,12 @@ class Volumes:
                 " or let the agent have it",
                 reason="CANNOT_GROW_MOUNTED",
             )
-        resize.grow_mounted(volume, self._containers.mounted_volumes(record.name)[index], size_bytes)
+        mounted = self._containers.mounted_volumes(record.name)[index]
+        try:
+            resize.grow_mounted(volume, mounted, size_bytes)
+        finally:
+            # Also when only the file has grown: a migration goes by the file at one end, by the record at the other.
+            self._note(record.name, index, volume.size_bytes)
 
     def _resize_at_rest(self, record: Record, volume: Volume, size_bytes: int) -> None:
         if size_bytes < volume.size_bytes:

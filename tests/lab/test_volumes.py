@@ -16,6 +16,7 @@ from agent.images import Images
 from agent.tarball import Cancel
 from agent.volumes import ContainerVolume, Volumes
 from blockdev import loop, pool, resize
+from blockdev.errors import BlockError
 from blockdev.volume import UNFINISHED, Volume
 from migrator.errors import Busy, InvalidArgument, MigratorError, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec
@@ -322,3 +323,17 @@ def test_nothing_of_ours_is_attached_afterwards(stopped: Host) -> None:
     stopped.export("ploop", stopped.folder / "out")
     assert loop.find(stopped._volumes.open("ct1-1").path) == []
     assert volumes.EXPORT_FORMATS == ("raw", "qcow2", "ploop")
+
+
+def test_growth_that_fails_half_way_leaves_record_and_file_the_same(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has grown, xfs_growfs cannot be found: a migration must not see two sizes."""
+    host.with_data("xfs")
+    monkeypatch.setenv("PATH", str(host.folder))
+    with pytest.raises(BlockError, match="growing"):
+        host.volumes.resize("ct1", "/data", 512 * MIB)
+    monkeypatch.undo()
+    assert host.volume().size_bytes == host.containers.spec("ct1").volumes[1].size_bytes == 512 * MIB
+    host.volumes.resize("ct1", "/data", 512 * MIB)
+    assert free_size(host.data) > 400 * MIB
