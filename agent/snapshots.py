@@ -22,6 +22,7 @@ from blockdev.errors import BlockError
 from blockdev.snapshot import SnapshotStore
 from blockdev.tracker import BpfTracker
 from blockdev.volume import VolumeStore
+from migrator import faults
 from migrator.errors import Busy, InvalidArgument, MigratorError, Precondition
 from migrator.snapshots import LeavingSnapshot
 
@@ -51,6 +52,7 @@ class SnapshotKeeper:
             stood_still_s = self.store.take(identifier, volumes, track, check)
         else:
             self.store.copy(identifier, images)
+        faults.point("snapshot.taken")
         return self.records.add(identifier, container, name, record.spec.volumes), stood_still_s
 
     def roll_back(self, snapshot: Snapshot) -> None:
@@ -58,6 +60,7 @@ class SnapshotKeeper:
         self.records.begin_rollback(snapshot)
         for index, image in enumerate(self.store.images(snapshot.id)):
             self._volumes.replace(volume_name(snapshot.container, index), image)
+            faults.point("snapshot.rollback")
         self.records.end_rollback(snapshot)
 
     def settle(self, container: str) -> Record:

@@ -224,6 +224,59 @@ def test_a_freezer_that_is_killed_leaves_nothing_frozen(host: Host) -> None:
         writer.join()
 
 
+TAKER = """
+import sys
+from pathlib import Path
+from blockdev import loop
+from blockdev.snapshot import SnapshotStore
+from blockdev.volume import MountedVolume
+image, at, folder, identifier = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+(device,) = loop.find(image)
+print("begins", flush=True)
+for number in range(1000):
+    store = SnapshotStore(folder)
+    store.take(identifier, [(image, MountedVolume(device, at))], None)
+    store.delete(identifier)
+"""
+
+
+def test_killed_at_any_moment(host: Host) -> None:
+    """What writes goes on, and a sweep leaves whole snapshots or none."""
+    volume = host.volumes.create("hit", SIZE["ext4"], "ext4")
+    mounted = host.mount(volume, "live")
+    stop, wrote = threading.Event(), [0]
+
+    def write() -> None:
+        with (mounted.at / "log").open("ab", 0) as file:
+            while not stop.is_set():
+                file.write(b"line\n")
+                os.fsync(file.fileno())
+                wrote[0] += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    words = [sys.executable, "-c", TAKER, str(volume.path), str(mounted.at), str(host.snapshots.folder), ID]
+    try:
+        for number in range(8):
+            with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"begins\n"
+                time.sleep(0.05 + 0.037 * number)
+                process.kill()
+            before, deadline = wrote[0], time.monotonic() + 5
+            while wrote[0] == before:
+                assert time.monotonic() < deadline, "the file system is frozen"
+                time.sleep(0.005)
+            host.snapshots.sweep()
+            assert host.snapshots.identifiers() in ([], [ID])
+            host.snapshots.delete(ID)
+            assert list(host.snapshots.folder.iterdir()) == []
+    finally:
+        stop.set()
+        filesystem.thaw(mounted.at)
+        writer.join()
+
+
 def test_the_guard_lets_others_freeze_afterwards(host: Host) -> None:
     mounted = host.mount(host.volumes.create("after", SIZE["ext4"], "ext4"), "live")
     with thaw_guard.guarding([mounted.at]):
@@ -406,7 +459,7 @@ def test_any_sequence_of_snapshots(pool_folder: Path) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Model,
         settings=settings(
-            max_examples=25,
+            max_examples=18,
             stateful_step_count=20,
             deadline=None,
             derandomize=False,

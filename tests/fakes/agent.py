@@ -18,6 +18,8 @@ from migrator.v1 import (
     image_pb2_grpc,
     migration_pb2,
     migration_pb2_grpc,
+    snapshot_pb2,
+    snapshot_pb2_grpc,
     volume_pb2,
     volume_pb2_grpc,
 )
@@ -193,6 +195,47 @@ class Hosts(host_pb2_grpc.HostServiceServicer):
         return host_pb2.DiagnoseResponse(findings=[finding])
 
 
+class Snapshots(snapshot_pb2_grpc.SnapshotServiceServicer):
+    """A container that runs: a rollback needs `force`. Each snapshot is the child of the last one."""
+
+    def __init__(self) -> None:
+        self.taken: list[snapshot_pb2.Snapshot] = []
+
+    def CreateSnapshot(self, request, context):
+        if any(snapshot.name == request.name for snapshot in self.taken):
+            fail(context, grpc.StatusCode.ALREADY_EXISTS, "SNAPSHOT_EXISTS", f"there is a snapshot {request.name}")
+        made = snapshot_pb2.Snapshot(container=request.container, name=request.name or "20261121-100000")
+        made.parent = self.taken[-1].name if self.taken else ""
+        made.volumes.add(mount_point="/", size_bytes=2 << 30, allocated_bytes=160 << 20)
+        made.create_time.FromMilliseconds(1_790_000_000_123)
+        self.taken.append(made)
+        self._go_to(made)
+        return snapshot_pb2.CreateSnapshotResponse(snapshot=made, freeze_ms=12.3456)
+
+    def ListSnapshots(self, request, context):
+        return snapshot_pb2.ListSnapshotsResponse(snapshots=self.taken)
+
+    def RollbackSnapshot(self, request, context):
+        if not request.force:
+            fail(context, grpc.StatusCode.FAILED_PRECONDITION, "RUNNING", "it runs: stop it first, or use --force")
+        self._go_to(self._get(request.name, context))
+        return snapshot_pb2.RollbackSnapshotResponse(snapshot=self._get(request.name, context))
+
+    def DeleteSnapshot(self, request, context):
+        self.taken.remove(self._get(request.name, context))
+        return snapshot_pb2.DeleteSnapshotResponse()
+
+    def _get(self, name: str, context: grpc.ServicerContext) -> snapshot_pb2.Snapshot:
+        for snapshot in self.taken:
+            if snapshot.name == name:
+                return snapshot
+        fail(context, grpc.StatusCode.NOT_FOUND, "SNAPSHOT_NOT_FOUND", f"there is no snapshot {name}")
+
+    def _go_to(self, wanted: snapshot_pb2.Snapshot) -> None:
+        for snapshot in self.taken:
+            snapshot.is_current = snapshot is wanted
+
+
 class Migrations(migration_pb2_grpc.MigrationServiceServicer):
     """A migration goes to its end by itself, except where the destination's name says otherwise.
 
@@ -202,12 +245,14 @@ class Migrations(migration_pb2_grpc.MigrationServiceServicer):
 
     def __init__(self) -> None:
         self.by_name: dict[str, migration_pb2.Migration] = {}
+        self.snapshots = migration_pb2.SNAPSHOT_HANDLING_UNSPECIFIED
         self.on_waiting: Callable[[], None] = lambda: None
         self._cancelled = threading.Event()
 
     def CreateMigration(self, request, context):
         if request.destination == "nowhere":
             fail(context, grpc.StatusCode.NOT_FOUND, "HOST_UNKNOWN", "there is no host nowhere in [peers]")
+        self.snapshots = request.snapshots
         made = migration_pb2.Migration(
             name="m1", container=request.container, source="host-a", destination=request.destination
         )
@@ -266,6 +311,7 @@ class FakeAgent:
         self.socket = socket
         self.containers = Containers()
         self.images = Images()
+        self.snapshots = Snapshots()
         self.migrations = Migrations()
         self._server = self._serve()
 
@@ -274,6 +320,7 @@ class FakeAgent:
         container_pb2_grpc.add_ContainerServiceServicer_to_server(self.containers, server)
         image_pb2_grpc.add_ImageServiceServicer_to_server(self.images, server)
         volume_pb2_grpc.add_VolumeServiceServicer_to_server(Volumes(), server)
+        snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server(self.snapshots, server)
         host_pb2_grpc.add_HostServiceServicer_to_server(Hosts(), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(self.migrations, server)
         server.add_insecure_port(f"unix:{self.socket}")
