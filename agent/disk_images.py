@@ -105,6 +105,7 @@ def make_volume(
         report(f"checking the {found.kind}")
         block_bytes = min(found.sector_bytes, loop.BLOCK_BYTES)
         check.check(volume.path, found.kind, at, block_bytes=block_bytes)
+        _check_not_empty(volume, block_bytes, at)
         cancel.check()
         kind = wanted_kind or found.kind
         if found.fits_our_devices and kind == found.kind:
@@ -112,6 +113,28 @@ def make_volume(
         why = "its blocks are too small for volumes" if kind == found.kind else f"{kind} was asked for"
         report(f"copying its files into a new {kind}, since {why}")
         return _repacked(volume, block_bytes, store, names[1], kind, at, check_room, cancel)
+
+
+def _check_not_empty(volume: Volume, block_bytes: int, at: Path) -> None:
+    """Raises FormatError: what has no file in it was hardly meant."""
+    with _looking(volume, block_bytes, at):
+        is_empty = not any(entry.name != "lost+found" for entry in at.iterdir())
+    if is_empty:
+        raise FormatError(f"the {volume.kind} on it is empty")
+
+
+@contextmanager
+def _looking(volume: Volume, block_bytes: int, at: Path) -> Iterator[None]:
+    """The volume is mounted, and nothing on it changes."""
+    device = loop.attach(volume.path, read_only=True, block_bytes=block_bytes)
+    try:
+        filesystem.mount(device.path, at, volume.kind, read_only=True)
+        try:
+            yield
+        finally:
+            filesystem.unmount(at)
+    finally:
+        device.detach()
 
 
 @contextmanager
@@ -160,10 +183,8 @@ def _repacked(
     old, new = at / "old", at / "new"
     old.mkdir()
     new.mkdir()
-    device = loop.attach(volume.path, read_only=True, block_bytes=block_bytes)
     try:
-        filesystem.mount(device.path, old, volume.kind, read_only=True)
-        try:
+        with _looking(volume, block_bytes, old):
             status = os.statvfs(old)
             used_bytes = (status.f_blocks - status.f_bfree) * status.f_frsize
             check_room(used_bytes)
@@ -175,10 +196,7 @@ def _repacked(
                     store.delete(name)
                     size_bytes *= 2
                     check_room(used_bytes)
-        finally:
-            filesystem.unmount(old)
     finally:
-        device.detach()
         old.rmdir()
         new.rmdir()
 

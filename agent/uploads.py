@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agent.tarball import Cancel
 from migrator.errors import InvalidArgument, Precondition
+from migrator.units import format_size
 from migrator.v1 import image_pb2 as pb
 
 MOST_FILES = 300
@@ -16,6 +17,7 @@ LARGEST_FILE_BYTES = 64 << 40
 LARGEST_PIECE_BYTES = 1 << 20
 # How often the room is looked at.
 CHECK_BYTES = 64 << 20
+REPORT_BYTES = 1 << 30
 
 
 def check_name(name: str) -> str:
@@ -32,7 +34,11 @@ def check_name(name: str) -> str:
 
 
 def receive(
-    requests: Iterator[pb.UploadImageRequest], folder: Path, check_room: Callable[[int], None], cancel: Cancel
+    requests: Iterator[pb.UploadImageRequest],
+    folder: Path,
+    check_room: Callable[[int], None],
+    report: Callable[[str], None],
+    cancel: Cancel,
 ) -> list[Path]:
     """Write the files that the requests carry.
 
@@ -63,6 +69,8 @@ def receive(
                     if received // CHECK_BYTES != (received + len(piece.data)) // CHECK_BYTES or not received:
                         check_room(CHECK_BYTES)
                     received += len(piece.data)
+                    if received // REPORT_BYTES != (received - len(piece.data)) // REPORT_BYTES:
+                        report(f"{format_size(received)} have arrived")
                     _write(descriptor, piece.data, piece.offset)
                 case _:
                     raise InvalidArgument("a file or a piece of one was expected", reason="BAD_UPLOAD")

@@ -68,7 +68,7 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
                 self._images.reserved(request.name, request.filesystem or DEFAULT_FILESYSTEM),
                 self._images.staging() as folder,
             ):
-                files = uploads.receive(request_iterator, folder, self._images.check_room, cancel)
+                files = uploads.receive(request_iterator, folder, self._images.check_room, report, cancel)
                 named = [path for path in files if path.name == descriptor.FILE]
                 if not named and len(files) > 1:
                     raise InvalidArgument(

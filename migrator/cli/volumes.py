@@ -19,6 +19,7 @@ from migrator.v1.volume_pb2_grpc import VolumeServiceStub
 
 # Shrinking moves blocks and checks all of the file system.
 RESIZE_S = 3600.0
+REPORT_BYTES = 1 << 30
 
 
 class _VolumeName(click.ParamType[tuple[str, str]]):
@@ -125,7 +126,12 @@ def export(volume: tuple[str, str], path: Path, kind: str, snapshot: str | None)
                             download.begin(response.file.name, response.file.size_bytes)
                             size_bytes += response.file.size_bytes
                         case "piece":
+                            before = download.written_bytes // REPORT_BYTES
                             download.write(response.piece.offset, response.piece.data)
+                            if download.written_bytes // REPORT_BYTES != before:
+                                print(
+                                    f"{format_size(download.written_bytes)} have arrived", file=sys.stderr, flush=True
+                                )
                         case _ if response.progress:
                             print(output.printable(response.progress), file=sys.stderr, flush=True)
             except KeyboardInterrupt:

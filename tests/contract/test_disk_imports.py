@@ -335,6 +335,11 @@ def test_damaged_and_hostile_disks_are_refused_and_nothing_is_left(bench: Disks)
     assert "not the name of a file in its folder" in bench.refused("BAD_IMAGE", folder)
     assert "raw" in bench.refused("UNKNOWN_FORMAT", path)
     assert "snapshot" in bench.refused("INVALID_ARGUMENT", path, "raw", snapshot=disk_kit.TOP)
+    fresh = bench.folder / "fresh.raw"
+    with fresh.open("wb") as file:
+        file.truncate(SIZE)
+    subprocess.run([*MAKE["ext4"], fresh], check=True)
+    assert "the ext4 on it is empty" in bench.refused("BAD_IMAGE", fresh, "raw")
     empty = bench.folder / "empty"
     empty.write_bytes(b"")
     bench.refused("BAD_IMAGE", empty, "raw")
