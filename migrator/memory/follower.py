@@ -1,0 +1,256 @@
+"""The MemoryTracker: follows the processes of a container by one method of seeing writes."""
+
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockdev import extents
+from blockdev.blocks import Piece
+from blockdev.extents import Range
+from migrator.memory import descriptors, mappings, processes, reading
+from migrator.memory.errors import NotNow, ProcessGone, Untrackable
+from migrator.memory.everything import Everything
+from migrator.memory.mappings import Mapping
+from migrator.memory.pagemap import Pagemap, subtract
+from migrator.memory.processes import ProcessKey
+from migrator.memory.reading import Gone
+from migrator.memory.shared import ObjectKey, SharedObject, is_memory
+from migrator.memory.tracker import Collected, Moment, Pids, ProcessChange, SharedChange
+from migrator.memory.watching import MemoryReplaced, Method, Scan, Watch
+
+# exec between two tries, and again, and again.
+_TRIES = 3
+
+
+@dataclass
+class _Followed:
+    """A process, what was there at the last look, and whether looks since a paused one may have missed something."""
+
+    watch: Watch
+    populated: list[Range] = field(default_factory=list)
+    may_have_missed: bool = False
+    direct_devices: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Found:
+    """What one process contributes to a collect."""
+
+    scan: Scan
+    shared: dict[ObjectKey, list[Range]]
+    direct_io: bool
+
+
+class Follower:
+    """See MemoryTracker. `pids` gives the pids (thread group ids) of the container as they are now."""
+
+    def __init__(self, pids: Pids, method: Method) -> None:
+        self._pids, self._method = pids, method
+        self._followed: dict[ProcessKey, _Followed] = {}
+        self._objects: dict[ObjectKey, SharedObject] = {}
+        # Device numbers whose files are no memory: disks, and devices that are mapped.
+        self._no_memory: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        return self._method.name
+
+    @property
+    def needs_pause(self) -> bool:
+        return self._method.needs_pause
+
+    def start(self) -> None:
+        """See MemoryTracker."""
+        for process in self._processes():
+            if process not in self._followed:
+                try:
+                    self._followed[process] = _Followed(self._method.watch(process.pid, running=True))
+                except (ProcessGone, NotNow):
+                    continue  # a collect tries again
+
+    def collect(self, moment: Moment = Moment.RUNNING) -> Collected:
+        """See MemoryTracker."""
+        result = Collected()
+        candidates: dict[ObjectKey, list[Range]] = defaultdict(list)
+        alive = set()
+        for process in self._processes():
+            try:
+                followed = self._follow(process, moment, result)
+                found = self._look(process, followed, moment, result)
+            except ProcessGone:
+                continue
+            alive.add(process)
+            for key, ranges in found.shared.items():
+                candidates[key].extend(ranges)
+            result.processes.append(_change(process, followed, found, moment))
+            if found.direct_io:
+                result.direct_io.append(process)
+        for process in [process for process in self._followed if process not in alive]:
+            self._followed.pop(process).watch.close()
+            result.ended.append(process)
+        self._look_at_objects(candidates, moment, result)
+        return result
+
+    def drain(self, seconds: float = 1.0) -> list[str]:
+        """See MemoryTracker. A read by the process itself has ended when it is frozen; AIO and io_uring have not."""
+        devices: set[int] = set()
+        for process in self._processes():
+            try:
+                opened = descriptors.look(process.pid, direct=True)
+                aio = any(area.is_aio_ring for area in mappings.read(process.pid))
+            except ProcessGone:
+                continue
+            if aio or opened.io_uring:
+                devices |= opened.direct_devices
+                # Its files may have been closed since.
+                if process in self._followed:
+                    devices |= self._followed[process].direct_devices
+        return descriptors.wait_drained(devices, seconds)
+
+    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+        """See MemoryTracker."""
+        return reading.read_process(process, ranges)
+
+    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+        """See MemoryTracker."""
+        return reading.read_object(self._objects[key].descriptor, ranges)
+
+    def close(self) -> None:
+        """See MemoryTracker."""
+        for followed in self._followed.values():
+            followed.watch.close()
+        for item in self._objects.values():
+            item.close()
+        self._followed.clear()
+        self._objects.clear()
+
+    def _processes(self) -> list[ProcessKey]:
+        found = []
+        for pid in sorted(set(self._pids())):
+            try:
+                found.append(processes.key(pid))
+            except ProcessGone:
+                continue
+        return found
+
+    def _follow(self, process: ProcessKey, moment: Moment, result: Collected) -> _Followed:
+        followed = self._followed.get(process)
+        if followed is None:
+            followed = self._followed[process] = _Followed(self._watch(process, moment, result))
+        elif isinstance(followed.watch, Everything) and followed.watch.temporary and moment is Moment.RUNNING:
+            followed.watch = self._watch(process, moment, result)
+        return followed
+
+    def _watch(self, process: ProcessKey, moment: Moment, result: Collected) -> Watch:
+        """Of a process that cannot be watched now, or not any more, all is told."""
+        try:
+            return self._method.watch(process.pid, running=moment is Moment.RUNNING)
+        except (NotNow, Untrackable) as error:
+            result.notes.append(f"all memory of process {process.pid} counts as written: {error}")
+            return Everything(temporary=True)
+
+    def _look(self, process: ProcessKey, followed: _Followed, moment: Moment, result: Collected) -> _Found:
+        running = moment is Moment.RUNNING
+        before = descriptors.look(process.pid, direct=running)
+        for _ in range(_TRIES):
+            try:
+                scan, shared, aio = self._scan(process, followed, before, moment)
+                break
+            except MemoryReplaced:
+                followed.watch.close()
+                followed.watch = Everything(temporary=True)
+                followed.watch = self._watch(process, moment, result)
+            except ProcessGone:
+                if not processes.is_alive(process):
+                    raise
+        else:
+            raise ProcessGone(f"process {process.pid} is ending, or calls exec over and over")
+        # Files may have been opened just before a read that was in flight, or closed just after it.
+        after = descriptors.look(process.pid, direct=True) if running else before
+        followed.direct_devices |= before.direct_devices | after.direct_devices
+        return _Found(scan, shared, aio or before.writes_past_page_tables() or after.writes_past_page_tables())
+
+    def _scan(
+        self, process: ProcessKey, followed: _Followed, opened: descriptors.Open, moment: Moment
+    ) -> tuple[Scan, dict[ObjectKey, list[Range]], bool]:
+        # Without a pause a method that needs one leaves its marks for the next time.
+        watch = Everything() if self.needs_pause and moment is Moment.RUNNING else followed.watch
+        shared: dict[ObjectKey, list[Range]] = defaultdict(list)
+        with Pagemap(process.pid) as source:
+            areas = mappings.read(process.pid)
+            # By path of the mapping as it is now: registering may join it to its neighbour.
+            objects = [(area, self._object(process.pid, area, moment)) for area in areas if area.is_shared]
+            scan = watch.scan(source, [area for area in areas if area.is_private])
+            rings = Everything().scan(source, aio := [area for area in areas if area.is_aio_ring])
+            if aio:
+                scan = _join(scan, rings)
+            for area, item in objects:
+                if item is not None:
+                    found = watch.scan_shared(source, area)
+                    move = area.offset - area.start
+                    shared[item.key].extend(Range(part.start + move, part.end + move) for part in found)
+            watch.finish()
+        for path in opened.memfds:
+            if (item := self._open(path, "", moment)) is not None:
+                shared[item.key].extend(())
+        return scan, shared, bool(aio)
+
+    def _object(self, pid: int, area: Mapping, moment: Moment) -> SharedObject | None:
+        """What a shared mapping is of, None for files of disks and for devices."""
+        device = os.makedev(*area.device)
+        if device in self._no_memory:
+            return None
+        if item := self._objects.get(ObjectKey(device, area.inode)):
+            return item
+        return self._open(f"/proc/{pid}/map_files/{area.start:x}-{area.end:x}", area.name, moment)
+
+    def _open(self, path: str, name: str, moment: Moment) -> SharedObject | None:
+        try:
+            status = Path(path).stat()
+            if item := self._objects.get(ObjectKey(status.st_dev, status.st_ino)):
+                return item
+            # Not to call the open function of a device's driver.
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            if moment is not Moment.RUNNING:
+                raise
+            return None  # unmapped meanwhile, or joined to a neighbour; the next collect finds it
+        if not is_memory(descriptor):
+            self._no_memory.add(status.st_dev)
+            os.close(descriptor)
+            return None
+        item = SharedObject(descriptor, name or str(Path(path).readlink()))
+        self._objects[item.key] = item
+        return item
+
+    def _look_at_objects(self, candidates: dict[ObjectKey, list[Range]], moment: Moment, result: Collected) -> None:
+        for key in [key for key in self._objects if key not in candidates]:
+            self._objects.pop(key).close()
+            result.released.append(key)
+        for key, ranges in candidates.items():
+            item = self._objects[key]
+            change = item.look(extents.merge(ranges), at_all=moment is Moment.LAST)
+            written = item.populated() if self._method.tells_all else change.written
+            result.shared.append(SharedChange(key, item.name, item.size_bytes, written, change.gone))
+
+
+def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Moment) -> ProcessChange:
+    scan = found.scan
+    gone = subtract(followed.populated, scan.populated)
+    followed.populated = scan.populated
+    written = scan.written
+    if moment is Moment.RUNNING:
+        followed.may_have_missed |= found.direct_io
+    elif followed.may_have_missed:
+        followed.may_have_missed, written = False, scan.populated
+    watched = not (isinstance(followed.watch, Everything) and followed.watch.temporary)
+    return ProcessChange(process, written, gone, watched)
+
+
+def _join(scan: Scan, more: Scan) -> Scan:
+    return Scan(extents.merge([*scan.populated, *more.populated]), extents.merge([*scan.written, *more.written]))

@@ -1,0 +1,110 @@
+"""Memory that several processes may map, once per object: shared anonymous, memfd, System V, tmpfs and hugetlbfs files.
+
+What page tables say of it is not the whole truth: pages are also written by write(2), by processes that have ended or
+unmapped it since, and by mappings that were thrown away (MADV_DONTNEED), which leaves nothing in the page tables that
+are there. So page tables only give candidates, for rounds in which the container runs. What decides is the content, by
+digest, and at the end all of it is looked at. Writing by write(2), punching a hole and truncating show in the object's
+ctime (fine-grained from Linux 6.13 on, in ticks before).
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from blockdev import extents
+from blockdev.extents import Range
+from migrator.memory.digests import Digests
+from migrator.memory.pagemap import PAGE_BYTES, subtract
+
+# Of linux/magic.h.
+_TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
+
+_REALTIME_COARSE = 5  # of linux/time.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ObjectKey(NamedTuple):
+    """A device number as in stat(2), and an inode number."""
+
+    device: int
+    inode: int
+
+
+class Change(NamedTuple):
+    """Offsets in an object: written, and no longer there."""
+
+    written: list[Range]
+    gone: list[Range]
+
+
+class SharedObject:
+    """One of them, held open for reading so that it is not replaced by another with the same key. Close it."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor, self.name = descriptor, name
+        status = os.fstat(descriptor)
+        self.key, self.size_bytes = ObjectKey(status.st_dev, status.st_ino), status.st_size
+        self._digests = Digests()
+        self._populated: list[Range] = []
+        self._changed_ns, self._blocks = -1, -1
+        # As long as another write could have left the same ctime behind.
+        self._settled = False
+
+    def look(self, candidates: Iterable[Range], *, at_all: bool) -> Change:
+        """What has changed since the last look, judged by content, among the candidates (offsets), or `at_all` that is
+        there. Written by descriptor is found in either case."""
+        status = os.fstat(self.descriptor)
+        by_descriptor = not self._settled or status.st_ctime_ns != self._changed_ns
+        self._changed_ns = status.st_ctime_ns
+        self._settled = _settled(status.st_ctime_ns)
+        self.size_bytes = status.st_size
+        populated = self._populated
+        if by_descriptor or status.st_blocks != self._blocks:
+            self._blocks = status.st_blocks
+            end = -(-status.st_size // PAGE_BYTES) * PAGE_BYTES
+            found = extents.allocated(self.descriptor, status.st_size)
+            populated = extents.merge(_whole_pages(part, end) for part in found)
+        gone = subtract(self._populated, populated)
+        self._digests.forget(gone)
+        if at_all or by_descriptor:
+            look_at = populated
+        else:
+            # Also those that came to be without a trace in the page tables of the processes that are there.
+            new = subtract(populated, self._populated)
+            look_at = intersect(extents.merge([*candidates, *new]), populated)
+        self._populated = populated
+        return Change(self._digests.changed(self.descriptor, look_at), gone)
+
+    def populated(self) -> list[Range]:
+        """Offsets of what was there at the last look."""
+        return self._populated
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.descriptor)
+
+
+def is_memory(descriptor: int) -> bool:
+    """Whether a file's contents are memory and nothing else."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(descriptor, buffer) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"fstatfs: {os.strerror(number)}", f"descriptor {descriptor}")
+    return int.from_bytes(buffer.raw[:8], "little") in (_TMPFS, _HUGETLBFS)
+
+
+def intersect(left: list[Range], right: list[Range]) -> list[Range]:
+    """What is in both: each in order, without overlaps."""
+    return subtract(left, subtract(left, right)) if left and right else []
+
+
+def _whole_pages(part: Range, end: int) -> Range:
+    return Range(part.start // PAGE_BYTES * PAGE_BYTES, min(end, -(-part.end // PAGE_BYTES) * PAGE_BYTES))
+
+
+def _settled(ctime_ns: int) -> bool:
+    """Whether a write from now on will have another ctime: the kernel's coarse clock has gone on since."""
+    return time.clock_gettime_ns(_REALTIME_COARSE) > ctime_ns

@@ -1,0 +1,154 @@
+"""Writes seen by protecting pages: asynchronous userfaultfd, and PAGEMAP_SCAN, which tells and protects in one step.
+
+A mapping that is new, was moved, or came with exec or fork is not registered, which the scan says (EPERM): all that is
+populated in it counts as written, and it is registered. Linux 6.7.
+"""
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from blockdev.extents import Range, merge
+from migrator.errors import MigratorError
+from migrator.memory import injection, machine, pagemap, userfault
+from migrator.memory.everything import Everything
+from migrator.memory.mappings import Mapping
+from migrator.memory.own import address_of
+from migrator.memory.pagemap import PAGE_BYTES, Pagemap, Region, Wanted, subtract
+from migrator.memory.userfault import agree, register
+from migrator.memory.watching import MemoryReplaced, Scan, Watch, addresses
+
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_YAMA_FORBIDS = 3
+
+
+class WriteProtectWatch:
+    """One process, with the userfaultfd taken out of it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        # Private mappings at the last look. One that is registered but was none of these then, was taken for the shared
+        # one that it has replaced in the middle of a look.
+        self._looked_at: list[Range] = []
+
+    def scan(self, source: Pagemap, areas: Sequence[Mapping]) -> Scan:
+        """See Watch."""
+        unknown = subtract([Range(area.start, area.end) for area in areas], self._looked_at)
+        found = [None if _has_part_of(area, unknown) else self._known(source, area) for area in areas]
+        self._register_rows([area for area, regions in zip(areas, found, strict=True) if regions is None])
+        result = Scan()
+        for area, regions in zip(areas, found, strict=True):
+            if regions is None:
+                result.add(self._new(source, area, pagemap.PRIVATE), all_written=True)
+            else:
+                result.add(regions)
+        self._looked_at = merge(Range(area.start, area.end) for area in areas)
+        return result
+
+    def scan_shared(self, source: Pagemap, area: Mapping) -> list[Range]:
+        """See Watch."""
+        try:
+            return addresses(list(source.scan(area.start, area.end, pagemap.SHARED_WRITTEN, protect=True)))
+        except PermissionError:
+            return addresses(self._new(source, area, pagemap.SHARED))
+
+    def finish(self) -> None:
+        """What was found was protected in the same step."""
+
+    def close(self) -> None:
+        """The kernel takes the protection away."""
+        os.close(self._descriptor)
+
+    def _known(self, source: Pagemap, area: Mapping) -> list[Region] | None:
+        """All that is populated in a mapping, with what was written told; None if it is not registered."""
+        try:
+            return list(source.scan(area.start, area.end, pagemap.PRIVATE, protect=True))
+        except PermissionError:
+            return None
+
+    def _register_rows(self, areas: Sequence[Mapping]) -> None:
+        """Register mappings, adjoining ones together: mremap(2) fails for a row of mappings some of which are registered,
+        and may have moved a part of it (Linux 6.17)."""
+        for start, end in merge(Range(area.start, area.end) for area in areas):
+            with contextlib.suppress(OSError):  # what it is about comes out when they are registered one by one
+                register(self._descriptor, start, end)
+
+    def _new(self, source: Pagemap, area: Mapping, wanted: Wanted) -> list[Region]:
+        """Register a mapping, and all that is populated in it, protected where that is possible."""
+        try:
+            register(self._descriptor, area.start, area.end)
+            return list(source.scan(area.start, area.end, wanted, protect=True))
+        except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.ESRCH):
+                raise MemoryReplaced from error
+            # Unmapped meanwhile (EINVAL), of a kind that cannot be protected (EINVAL, EPERM), another's (EBUSY).
+            if error.errno not in (errno.EINVAL, errno.EPERM, errno.EBUSY):
+                raise
+            return list(source.scan(area.start, area.end, wanted))
+
+
+class WriteProtect:
+    """The method. A process first seen frozen cannot be made to open a userfaultfd: all of it counts as written, and
+    it is taken up when it runs."""
+
+    name = "write-protect"
+    needs_pause = False
+    tells_all = False
+
+    def __init__(self) -> None:
+        # At which a process forked in the wrong moment may have inherited the descriptor.
+        self._numbers_inside: set[int] = set()
+
+    def watch(self, pid: int, *, running: bool) -> Watch:
+        """See Method."""
+        if not running:
+            return Everything(temporary=True)
+        injected = injection.open_userfaultfd(pid, self._numbers_inside)
+        self._numbers_inside.add(injected.number_inside)
+        try:
+            agree(injected.descriptor)
+        except BaseException:
+            os.close(injected.descriptor)
+            raise
+        return WriteProtectWatch(injected.descriptor)
+
+
+def _has_part_of(area: Mapping, ranges: list[Range]) -> bool:
+    return any(part.start < area.end and area.start < part.end for part in ranges)
+
+
+def probe() -> str | None:
+    """None if it works here, else why not: tried on a page of this process, which is not traced for it."""
+    try:
+        machine.this()
+        if _YAMA.exists() and int(_YAMA.read_text()) >= _YAMA_FORBIDS:
+            return f"{_YAMA} forbids ptrace until the next boot"
+        descriptor = userfault.create()
+    except (MigratorError, OSError) as error:
+        return str(error)
+    try:
+        return _try(descriptor)
+    except OSError as error:
+        return f"asynchronous write protection needs Linux 6.7: {error}"
+    finally:
+        os.close(descriptor)
+
+
+def _try(descriptor: int) -> str | None:
+    agree(descriptor)
+    with mmap.mmap(-1, PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page, Pagemap(os.getpid()) as source:
+        page[0] = 1
+        address = address_of(page)
+        register(descriptor, address, address + PAGE_BYTES)
+        seen = []
+        for value in (None, 2):
+            if value is not None:
+                page[0] = value
+            found = source.scan(address, address + PAGE_BYTES, pagemap.PRIVATE_WRITTEN, protect=True)
+            seen.append(len(list(found)))
+            seen.append(len(list(source.scan(address, address + PAGE_BYTES, pagemap.PRIVATE_WRITTEN))))
+        userfault.unregister(descriptor, address, address + PAGE_BYTES)
+    return None if seen == [1, 0, 1, 0] else f"the kernel does not report writes as expected: {seen}"

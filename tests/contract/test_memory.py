@@ -1,0 +1,109 @@
+"""What every MemoryTracker must do, shown with real processes: a replica made of its reports becomes equal to them."""
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from memory_kit import Process, Replica, compiled
+
+from migrator.memory import METHODS, MemoryTracker, Moment, make, probe
+
+pytestmark = pytest.mark.root
+
+Line = tuple[str, int, int, int, int]
+
+
+@pytest.fixture(scope="session")
+def child_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    return compiled(tmp_path_factory.mktemp("child"), "memory_child.c")
+
+
+@pytest.fixture(scope="session")
+def mapped_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mapped") / "file"
+    path.write_bytes(random.Random(1).randbytes(400_000))
+    return path
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    if reason := probe()[request.param]:
+        pytest.skip(f"this kernel: {reason}")
+    return str(request.param)
+
+
+class Followed:
+    """A child, a tracker on it, and a replica."""
+
+    def __init__(self, stack: ExitStack, method: str, *command: str | Path) -> None:
+        self.child = stack.enter_context(closing(Process(*command)))
+        self.tracker: MemoryTracker = stack.enter_context(closing(make(self.child.pids, method)))
+        self.replica = Replica(self.tracker)
+
+    def round(self, moment: Moment = Moment.RUNNING) -> None:
+        """As a source does it: frozen for the collect where it has to be."""
+        if moment is Moment.RUNNING and not self.tracker.needs_pause:
+            self.replica.apply(self.tracker.collect())
+            return
+        self.child.freeze()
+        try:
+            collected = self.tracker.collect(Moment.PAUSED if moment is Moment.RUNNING else moment)
+        finally:
+            self.child.thaw()
+        self.replica.apply(collected)
+
+    def end(self) -> None:
+        """The last round, and then nothing differs; the child goes on."""
+        self.child.freeze()
+        self.replica.apply(self.tracker.collect(Moment.LAST))
+        assert self.replica.differences(self.child.pids()) == []
+        self.child.thaw()
+
+
+@pytest.fixture
+def follow(method: str, child_program: Path, mapped_file: Path) -> Iterator[Callable[[], Followed]]:
+    with ExitStack() as stack:
+        yield lambda: Followed(stack, method, child_program, mapped_file)
+
+
+number = some.integers(0, 2**32)
+line = some.tuples(some.sampled_from("mmmwwwwwwuurrppddsbPPhlgfkx"), number, number, number, number)
+step = some.one_of(line, line, line, some.sampled_from([Moment.RUNNING, Moment.RUNNING, Moment.PAUSED, Moment.LAST]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=some.lists(step, max_size=60))
+def test_a_replica_equals_after_any_sequence(
+    method: str, child_program: Path, mapped_file: Path, steps: list[Line | Moment]
+) -> None:
+    with ExitStack() as stack:
+        followed = Followed(stack, method, child_program, mapped_file)
+        followed.child.say("m 0 50 0")
+        followed.tracker.start()
+        for what in steps:
+            if isinstance(what, Moment):
+                followed.round(what)
+            else:
+                followed.child.say(" ".join(map(str, what)))
+        followed.end()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_replica_equals_after_rounds_beside_a_busy_tree(follow: Callable[[], Followed], seed: int) -> None:
+    followed = follow()
+    followed.tracker.start()
+    for again in range(3):
+        followed.child.say(f"R {seed * 100 + again + 1}")
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            followed.round()
+        followed.end()
+        followed.child.say("w 0 0 0 0")
