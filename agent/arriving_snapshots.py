@@ -27,7 +27,7 @@ class ArrivingSnapshots:
         self._files: dict[tuple[int, int], int] = {}
         self._folders: dict[int, Path] = {}
         self._open = ExitStack()
-        self._is_kept = False
+        self._is_kept = self._is_closed = False
 
     def write(self, name: str, piece: Piece) -> None:
         """A piece of NUMBER/VOLUME. Raises PeerError, BlockError."""
@@ -43,6 +43,8 @@ class ArrivingSnapshots:
                 # One that differs in nothing from its base has had no piece.
                 os.fsync(self._file(number, index))
         self._open.close()
+        # Their numbers may be other files' by now.
+        self._files.clear()
         for identifier in self._identifiers:
             self._keeper.store.finish(identifier)
         self._folders.clear()
@@ -55,16 +57,19 @@ class ArrivingSnapshots:
 
     def close(self) -> None:
         """Delete what is not complete; repeatable."""
+        self._is_closed = True
         self._open.close()
         self._files.clear()
-        for number in self._folders:
-            self._keeper.store.abandon(self._identifiers[number])
+        for identifier in self._identifiers:
+            self._keeper.store.abandon(identifier)
+            if not self._is_kept:
+                self._keeper.store.delete(identifier)
         self._folders.clear()
 
     def _file(self, number: int, index: int) -> int:
         if (found := self._files.get((number, index))) is not None:
             return found
-        if self._is_kept:
+        if self._is_kept or self._is_closed:
             raise PeerError(f"snapshot {number} is complete already", reason="OUT_OF_ORDER")
         if number not in self._folders:
             self._folders[number] = self._keeper.store.begin(self._identifiers[number])

@@ -119,6 +119,8 @@ class Arrival:
         """Every piece of the snapshots has been sent."""
         with self._lock:
             self._expect(Stage.PREPARED)
+            if self._streams:
+                raise PeerError("snapshots are complete while streams are open", reason="OUT_OF_ORDER")
             self._reservation.keep_snapshots()
             faults.point("destination.snapshots")
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,8 @@ def test_a_tree_arrives_as_it_was(ends: tuple[End, End]) -> None:
     assert send(copy, arriving) == 40 * BLOCK + BLOCK + 4096 + BLOCK
     arriving.keep(volumes(b))
     arriving.keep(volumes(b))
+    with pytest.raises(PeerError):
+        arriving.write("0/0", Piece(0, 4096, b"x" * 4096))
     arriving.close()
     assert b.contents() == a.contents()
     assert b.tree() == a.tree()
@@ -150,6 +153,20 @@ def test_a_tree_arrives_as_it_was(ends: tuple[End, End]) -> None:
         assert b.path(index).read_bytes() == a.path(index).read_bytes()
         assert b.path(index).stat().st_size == ROOM
     b.keeper.delete_all(NAME)
+    assert list(b.keeper.store.folder.iterdir()) == []
+
+
+def test_what_fails_at_the_last_leaves_nothing(ends: tuple[End, End]) -> None:
+    a, b = ends
+    for name in ("one", "two"):
+        a.take(name)
+    copy, request = prepared(a)
+    arriving = ArrivingSnapshots(b.keeper, request)
+    send(copy, arriving)
+    b.keeper.records.bring(NAME, [s for s in a.keeper.records.of(NAME) if s.name == "two"])
+    with pytest.raises(sqlite3.IntegrityError):
+        arriving.keep(volumes(b))
+    arriving.close()
     assert list(b.keeper.store.folder.iterdir()) == []
 
 
