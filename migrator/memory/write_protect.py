@@ -70,7 +70,7 @@ class WriteProtectWatch:
             return None
 
     def _register_rows(self, areas: Sequence[Mapping]) -> None:
-        """Register mappings, adjoining ones together: mremap(2) fails for a row of mappings some of which are registered,
+        """Register mappings, adjoining ones together: mremap(2) fails for a row of which only a part is registered,
         and may have moved a part of it (Linux 6.17)."""
         for start, end in merge(Range(area.start, area.end) for area in areas):
             with contextlib.suppress(OSError):  # what it is about comes out when they are registered one by one
