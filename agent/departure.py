@@ -21,8 +21,8 @@ from agent.managers import Managers
 from agent.network import Networks
 from agent.processes import Process
 from agent.runtime import Runtime, find_program
-from blockdev import filesystem
-from blockdev.tracker import BpfTracker, WriteTracker
+from blockdev import filesystem, tracker
+from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
 from migrator.criu import Criu, DumpRequest
 from migrator.ports import Checkpoint, LeavingVolume
@@ -152,13 +152,13 @@ class Departing:
 
     @contextmanager
     def track_writes(self, volume: LeavingVolume) -> Iterator[WriteTracker]:
-        """An eBPF tracker on the volume's loop device."""
+        """A started tracker on the volume's loop device: by eBPF, or by comparing where that does not work."""
         assert volume.device is not None
-        tracker = BpfTracker(volume.device)
-        try:
-            yield tracker
-        finally:
-            tracker.close()
+        if (why := tracker.probe()) is not None:
+            log.warning("the disk is read whole in the freeze, to compare it", container=self.name, because=why)
+        with closing(tracker.make(volume.device, volume.image)) as writes:
+            writes.start()
+            yield writes
 
     @contextmanager
     def prepare_checkpoint(self) -> Iterator[Checkpoint]:

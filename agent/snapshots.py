@@ -18,9 +18,9 @@ from agent.containers import Containers
 from agent.database import Database
 from agent.snapshot_records import Snapshot, SnapshotRecords, new_identifier
 from blockdev import filesystem, tracker
+from blockdev.bpf_tracker import BpfTracker
 from blockdev.errors import BlockError
 from blockdev.snapshot import SnapshotStore
-from blockdev.tracker import BpfTracker
 from blockdev.volume import VolumeStore
 from migrator import faults
 from migrator.errors import Busy, InvalidArgument, MigratorError, Precondition

@@ -1,42 +1,52 @@
 """Just enough of bpf(2) to mark the blocks that a device has written: an assembler, a map, a program, an attachment.
 
-Documents: Documentation/bpf/standardization/instruction-set.rst, include/uapi/linux/bpf.h and perf_event.h.
+Documents: Documentation/bpf/standardization/instruction-set.rst and include/uapi/linux/bpf.h.
 """
 
 import ctypes
-import fcntl
 import mmap
 import os
 import platform
-import re
 import struct
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Self
 
+from blockdev import btf
 from blockdev.errors import BlockError
 
-_SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
-_MAP_CREATE, _PROG_LOAD = 0, 5
-_ARRAY_MAP, _TRACEPOINT_PROGRAM, _MMAPABLE = 2, 5, 1 << 10
-_PERF_TRACEPOINT = 2
-_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
-_FD_CLOEXEC = 8
+_SYSCALL = {"x86_64": 321, "aarch64": 280}
+_MAP_CREATE, _PROG_LOAD, _INFO_BY_FD, _RAW_TRACEPOINT_OPEN = 0, 5, 15, 17
+_NAMES = {
+    _MAP_CREATE: "BPF_MAP_CREATE",
+    _PROG_LOAD: "BPF_PROG_LOAD",
+    _INFO_BY_FD: "BPF_OBJ_GET_INFO_BY_FD",
+    _RAW_TRACEPOINT_OPEN: "BPF_RAW_TRACEPOINT_OPEN",
+}
+_ARRAY_MAP, _MMAPABLE = 2, 1 << 10
+_TRACING_PROGRAM, _TRACE_RAW_TRACEPOINT = 26, 23
+# struct bpf_prog_info up to recursion_misses, which is its last u64 here (Linux 5.12)
+_INFO_BYTES, _MISSES_AT = 216, 208
+_LOG_BYTES = 1 << 16
 
 # Opcodes, named by what they do.
-LOAD8, LOAD32, LOAD64, LOAD_IMMEDIATE64 = 0x71, 0x61, 0x79, 0x18
-STORE8_IMMEDIATE = 0x72
-SET, SET_IMMEDIATE, ADD, ADD_IMMEDIATE, SUBTRACT = 0xBF, 0xB7, 0x0F, 0x07, 0x1F
-SHIFT_LEFT_IMMEDIATE, SHIFT_RIGHT_IMMEDIATE = 0x67, 0x77
-JUMP_EQUAL_IMMEDIATE, JUMP_NOT_EQUAL_IMMEDIATE, JUMP_AT_LEAST, JUMP_AT_LEAST_IMMEDIATE = 0x15, 0x56, 0x3D, 0x35
-JUMP_BELOW_IMMEDIATE, JUMP_AT_MOST_IMMEDIATE, EXIT = 0xA5, 0xB5, 0x95
-_MAP_VALUE = 2  # source register of LOAD_IMMEDIATE64: the address of a map's value, with an offset into it
+LOAD32, LOAD64, LOAD_IMMEDIATE64 = 0x61, 0x79, 0x18
+STORE8_IMMEDIATE, STORE32 = 0x72, 0x63
+SET, SET32, SET_IMMEDIATE, ADD, ADD_IMMEDIATE, AND_IMMEDIATE = 0xBF, 0xBC, 0xB7, 0x0F, 0x07, 0x57
+SHIFT_RIGHT_IMMEDIATE = 0x77
+JUMP, JUMP_EQUAL, JUMP_EQUAL_IMMEDIATE, JUMP_NOT_EQUAL, JUMP_NOT_EQUAL_IMMEDIATE = 0x05, 0x1D, 0x15, 0x5D, 0x55
+JUMP_NOT_EQUAL32_IMMEDIATE = 0x56
+JUMP_AT_LEAST, JUMP_AT_LEAST_IMMEDIATE, JUMP_ABOVE, JUMP_BELOW, JUMP_BELOW_IMMEDIATE = 0x3D, 0x35, 0x2D, 0xAD, 0xA5
+CALL, EXIT = 0x85, 0x95
+FRAME = 10  # the register with the end of the stack
+LOOKUP = 1  # bpf_map_lookup_elem
+# Source registers of LOAD_IMMEDIATE64: a map, and the address of a byte in the value of a map that has only one.
+_MAP, _MAP_VALUE = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Assembler:
-    """Instructions with forward jumps to labels."""
+    """Instructions with jumps to labels."""
 
     def __init__(self) -> None:
         self._code: list[bytes] = []
@@ -51,12 +61,13 @@ class Assembler:
             self._jumps[len(self._code)] = to
         self._code.append(struct.pack("<BBhi", opcode, source << 4 | target, offset, value))
 
-    def here(self) -> int:
-        """The number of the next instruction."""
-        return len(self._code)
+    def map(self, target: int, map_descriptor: int) -> None:
+        """A map, as helpers take it."""
+        self.emit(LOAD_IMMEDIATE64, target, _MAP, value=map_descriptor)
+        self.emit(0)
 
     def map_value(self, target: int, map_descriptor: int, offset: int = 0) -> None:
-        """The address of a byte in the first value of an array map."""
+        """The address of a byte in the only value of an array map."""
         self.emit(LOAD_IMMEDIATE64, target, _MAP_VALUE, value=map_descriptor)
         self.emit(0, value=offset)
 
@@ -73,14 +84,16 @@ class Assembler:
 
 
 class ByteMap:
-    """An array map of bytes that this process and BPF programs share. Raises OSError, E2BIG for more than 4 MiB on
-    kernels that allow a value no more than kmalloc gives."""
+    """An array map of `count` values of `length` bytes, one after the other, that this process and BPF programs share.
 
-    def __init__(self, length: int) -> None:
-        self.length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.descriptor = _bpf(_MAP_CREATE, struct.pack("=5I", _ARRAY_MAP, 4, self.length, 1, _MMAPABLE) + bytes(28))
+    `length` is a multiple of 8, or `count` is 1. Raises OSError.
+    """
+
+    def __init__(self, length: int, count: int = 1) -> None:
+        attributes = struct.pack("=5I", _ARRAY_MAP, 4, length, count, _MMAPABLE) + bytes(28)
+        self.descriptor = _bpf(_MAP_CREATE, attributes)
         try:
-            self.bytes = mmap.mmap(self.descriptor, self.length)
+            self.bytes = mmap.mmap(self.descriptor, length * count)
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -91,37 +104,40 @@ class ByteMap:
         os.close(self.descriptor)
 
 
-class TracepointProgram:
-    """A program on a tracepoint, from now until `close`. Raises OSError, and BlockError on kernels before 5.12."""
+class RawTracepointProgram:
+    """A program on a tracepoint's own arguments (tp_btf), from now until `close`. It does not outlive this process.
+
+    Its first argument's type is the kernel's, so that it reads through pointers without a helper and the verifier
+    checks each access. Needs CAP_BPF and CAP_PERFMON, and a kernel with BTF and a BPF JIT. Raises OSError, BlockError.
+    """
 
     def __init__(self, tracepoint: str, code: bytes) -> None:
-        text, license_ = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
-        attributes = struct.pack(
-            "=IIQQIIQII", _TRACEPOINT_PROGRAM, len(code) // 8, ctypes.addressof(text), ctypes.addressof(license_),
-            0, 0, 0, 0, 0,
-        )  # fmt: skip
         with ExitStack() as undo:
-            self._program = _bpf(_PROG_LOAD, attributes)
+            self._program = _load(code, btf.kernel().find(btf.TYPEDEF, f"btf_trace_{tracepoint}"))
             undo.callback(os.close, self._program)
             self.missed()
-            self._event = _perf_event(int((_events() / tracepoint / "id").read_text()))
-            undo.callback(os.close, self._event)
-            fcntl.ioctl(self._event, _PERF_SET_BPF, self._program)
-            fcntl.ioctl(self._event, _PERF_ENABLE, 0)
+            self._link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", 0, self._program, 0))
             undo.pop_all()
 
     def missed(self) -> int:
-        """Events that found the processor inside another BPF program and were skipped. Raises BlockError where the
-        kernel does not count them."""
-        for line in Path(f"/proc/self/fdinfo/{self._program}").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "recursion_misses":
-                return int(value)
-        raise BlockError("this kernel does not count what a BPF program misses (recursion_misses): it takes Linux 5.12")
+        """Events that came while this very program ran on the same processor, and were skipped.
+
+        Of this program type the kernel skips no others, and counts each of these, from Linux 6.1 on (__bpf_trace_run);
+        before that it skips none. Raises BlockError where it has no such counter: before 5.12.
+        """
+        info = ctypes.create_string_buffer(_INFO_BYTES)
+        request = bytearray(struct.pack("=IIQ", self._program, _INFO_BYTES, ctypes.addressof(info)))
+        buffer = (ctypes.c_char * len(request)).from_buffer(request)
+        _call(_INFO_BY_FD, buffer, len(request))
+        filled = struct.unpack_from("=I", request, 4)[0]
+        if filled < _INFO_BYTES:
+            raise BlockError("this kernel does not count what a BPF program misses (recursion_misses): it takes 5.12")
+        (missed,) = struct.unpack_from("=Q", info, _MISSES_AT)
+        return int(missed)
 
     def close(self) -> None:
         """Detach and unload."""
-        os.close(self._event)
+        os.close(self._link)
         os.close(self._program)
 
     def __enter__(self) -> Self:
@@ -131,38 +147,38 @@ class TracepointProgram:
         self.close()
 
 
-def fields(tracepoint: str) -> dict[str, int]:
-    """Offsets of a tracepoint's fields by name, from its format file (Documentation/trace/events.rst)."""
-    text = (_events() / tracepoint / "format").read_text()
-    return {m[1]: int(m[2]) for m in re.finditer(r"field:[^;]*?(\w+)(?:\[\w*\])?;\s+offset:(\d+)", text)}
+def _load(code: bytes, type_number: int) -> int:
+    text, license_ = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
 
+    def attributes(log: "ctypes.Array[ctypes.c_char] | None") -> bytes:
+        logging = (1, _LOG_BYTES, ctypes.addressof(log)) if log else (0, 0, 0)
+        return struct.pack(
+            "=IIQQIIQII16sIIIIQIIQIIII",
+            _TRACING_PROGRAM, len(code) // 8, ctypes.addressof(text), ctypes.addressof(license_), *logging,
+            0, 0, b"block_writes", 0, _TRACE_RAW_TRACEPOINT, 0, 0, 0, 0, 0, 0, 0, type_number, 0, 0,
+        )  # fmt: skip
 
-def _events() -> Path:
-    for root in (Path("/sys/kernel/tracing/events"), Path("/sys/kernel/debug/tracing/events")):
-        if root.is_dir():
-            return root
-    from blockdev import kernel
-
-    kernel.mount("tracefs", Path("/sys/kernel/tracing"), "tracefs")
-    return Path("/sys/kernel/tracing/events")
+    try:
+        return _bpf(_PROG_LOAD, attributes(None))
+    except OSError as error:
+        # What the verifier has to say costs time and a buffer, so it is asked only if there is something to say.
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        try:
+            return _bpf(_PROG_LOAD, attributes(log))
+        except OSError:
+            said = log.value.decode(errors="replace").strip().splitlines()[-3:]
+            raise OSError(error.errno, "; ".join([str(error.strerror), *said])) from error
 
 
 def _bpf(command: int, attributes: bytes) -> int:
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    return _syscall(0, f"bpf command {command}", command, buffer, len(attributes))
+    return _call(command, ctypes.create_string_buffer(attributes, len(attributes)), len(attributes))
 
 
-def _perf_event(identity: int) -> int:
-    attributes = struct.pack("=IIQQQQ", _PERF_TRACEPOINT, 112, identity, 1, 0, 0) + bytes(72)
-    # Any one processor serves: the program is attached to the tracepoint itself, which all of them share.
-    return _syscall(1, "perf_event_open", ctypes.create_string_buffer(attributes), -1, 0, -1, _FD_CLOEXEC)
-
-
-def _syscall(which: int, name: str, *arguments: object) -> int:
-    numbers = _SYSCALLS.get(platform.machine())
-    if numbers is None:
-        raise OSError(f"{name}: unknown processor architecture {platform.machine()}")
-    result = int(_libc.syscall(numbers[which], *arguments))
+def _call(command: int, buffer: object, length: int) -> int:
+    number = _SYSCALL.get(platform.machine())
+    if number is None:
+        raise BlockError(f"eBPF is not known for {platform.machine()}")
+    result = int(_libc.syscall(number, command, buffer, length))
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"{_NAMES[command]}: {os.strerror(ctypes.get_errno())}")
     return result

@@ -81,6 +81,7 @@ class _Copy:
         self._tracker = None if track is None else track(source.mounted.device.path)
         if self._tracker is not None:
             stack.callback(self._tracker.close)
+            self._tracker.start()
 
     def allocated(self) -> Iterable[Range]:
         """What a first pass has to clone into the empty target."""
