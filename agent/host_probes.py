@@ -18,6 +18,7 @@ from agent.peers import open_channel
 from agent.runtime import find_program
 from blockdev import loop, pool, reflink, resize
 from blockdev.errors import BlockError
+from blockdev.volume import SUFFIX
 from migrator import certificates, status
 from migrator.certificates import Role
 from migrator.errors import ExecutionError, MigratorError
@@ -86,7 +87,7 @@ def disk(config: Config) -> list[Finding]:
         folder = folder.parent
     if os.path.ismount(config.state_dir / pool.FOLDER):
         folder = config.state_dir / pool.FOLDER
-    return [_reflink(folder), _loop(folder), _growth(), _room(folder)]
+    return [_reflink(folder), _loop(folder), _attached(folder), _growth(), _room(folder)]
 
 
 def _reflink(folder: Path) -> Finding:
@@ -125,6 +126,21 @@ def _growth() -> Finding:
         "without CAP_SYS_RESOURCE, volumes with ext4 grow only while their containers are stopped",
         "let the agent have CAP_SYS_RESOURCE, or use xfs for volumes that have to grow",
     )
+
+
+def _attached(folder: Path) -> Finding:
+    """Of each volume in use, what the kernel really does."""
+    subject = "disk.volumes"
+    found = loop.find_all((folder / "volumes").glob(f"*{SUFFIX}"))
+    for image, device in found:
+        if not device.direct_io or device.block_bytes != loop.BLOCK_BYTES:
+            how = f"blocks of {device.block_bytes} bytes" if device.direct_io else "no direct I/O"
+            return problem(
+                subject,
+                f"{image.name} is attached to {device.path} with {how}: its writes are slow, and twice in memory",
+                "keep state_dir on XFS, ext4 or btrfs, then stop and start the container",
+            )
+    return ok(subject, f"{len(found)} volumes in use, all with direct I/O and blocks of {loop.BLOCK_BYTES} bytes")
 
 
 def _room(folder: Path) -> Finding:

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,11 @@ class LoopDevice:
         """Whether the kernel really goes past the page cache of the image's file system."""
         return Path(f"/sys/block/loop{self.number}/loop/dio").read_text().strip() == "1"
 
+    @property
+    def block_bytes(self) -> int:
+        """Of its logical blocks."""
+        return int(Path(f"/sys/block/loop{self.number}/queue/logical_block_size").read_text())
+
     def refresh_size(self) -> None:
         """Take over the image file's size after it has changed."""
         with _opened(self.path) as device:
@@ -47,13 +53,16 @@ class LoopDevice:
     def detach(self) -> None:
         """Release the device and wait until that is done: a user that still has it open keeps it until it closes."""
         deadline = time.monotonic() + RELEASE_TIMEOUT_S
+        folder = Path(f"/sys/block/loop{self.number}")
+        # Another number means that it is attached anew, by someone who waited for one to be free (Linux 5.15).
+        attachment = (folder / "diskseq").read_text()
         with _opened(self.path) as device:
             try:
                 fcntl.ioctl(device, _LOOP_CLR_FD, 0)
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise OSError(error.errno, f"LOOP_CLR_FD: {error.strerror}", str(self.path)) from error
-        while Path(f"/sys/block/loop{self.number}/loop").exists():
+        while (folder / "loop").exists() and (folder / "diskseq").read_text() == attachment:
             if time.monotonic() > deadline:
                 raise BlockError(f"{self.path} is still in use {RELEASE_TIMEOUT_S:g} s after it was detached")
             time.sleep(0.001)
@@ -79,9 +88,17 @@ def attach(image: Path, *, read_only: bool = False, block_bytes: int = BLOCK_BYT
 
 
 def find(image: Path) -> list[LoopDevice]:
-    """All devices that this very file is attached to, by device and inode: the names that sysfs has for a file are
+    """All devices that this very file is attached to."""
+    return [device for _, device in find_all([image])]
+
+
+def find_all(images: Iterable[Path]) -> list[tuple[Path, LoopDevice]]:
+    """All devices that these very files are attached to, by device and inode: the names that sysfs has for a file are
     those of some mount namespace, not of ours."""
-    wanted = image.stat()
+    wanted = {}
+    for image in images:
+        status = image.stat()
+        wanted[_kernel_device(status.st_dev), status.st_ino] = image
     found = []
     for folder in Path("/sys/block").glob("loop*/loop"):
         number = int(folder.parent.name.removeprefix("loop"))
@@ -92,8 +109,8 @@ def find(image: Path) -> list[LoopDevice]:
             if error.errno in (errno.ENXIO, errno.ENOENT):
                 continue  # detached meanwhile
             raise
-        if (info[0], info[1]) == (_kernel_device(wanted.st_dev), wanted.st_ino):
-            found.append(LoopDevice(_node(number), number))
+        if (image_of := wanted.get((info[0], info[1]))) is not None:
+            found.append((image_of, LoopDevice(_node(number), number)))
     return found
 
 
