@@ -65,7 +65,8 @@ def get_signal_mask(tid: int) -> int:
 
 
 def set_signal_mask(tid: int, mask: int) -> None:
-    call(SET_SIGNAL_MASK, tid, 8, ctypes.addressof(ctypes.c_uint64(mask)))
+    data = ctypes.c_uint64(mask)
+    call(SET_SIGNAL_MASK, tid, 8, ctypes.addressof(data))
 
 
 def wait(tid: int, deadline: float) -> int:

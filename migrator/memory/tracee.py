@@ -20,6 +20,8 @@ from migrator.memory.remote import read_bytes
 
 _ALL_SIGNALS = 2**64 - 1
 _RSEQ_CS_OFFSET = 8
+# Once its registers are changed the thread has to be brought back, however busy the machine is. Our calls do not wait.
+_BACK_SECONDS = 60.0
 # Where the system call instruction was found last: the vDSO is the same in all processes, at different addresses.
 _known_offset: list[int] = []
 
@@ -37,6 +39,7 @@ class Tracee:
         self._thread, self._deadline, self._machine = thread, deadline, machine.this()
         self._saved = self._machine.registers()
         self._used = False
+        self._stopped = False
 
     def __enter__(self) -> "Tracee":
         if self._thread.tracer:
@@ -60,6 +63,7 @@ class Tracee:
         registers = type(self._saved).from_buffer_copy(self._saved)
         self._machine.aim(registers, self._instruction, number, arguments)
         self._used = True
+        self._deadline = time.monotonic() + _BACK_SECONDS
         ptrace.set_registers(self.tid, registers)
         self._step()
         self._step()
@@ -74,8 +78,9 @@ class Tracee:
             if self._used:
                 # A stop from which the kernel goes on as from an interrupted call, for it to be restarted.
                 ptrace.call(ptrace.INTERRUPT, self.tid)
-                ptrace.call(ptrace.CONT, self.tid)
-                self._deadline = time.monotonic() + 1
+                self._deadline = time.monotonic() + _BACK_SECONDS
+                if self._stopped:
+                    ptrace.call(ptrace.CONT, self.tid)
                 self._wait_for_stop()
                 ptrace.set_registers(self.tid, self._saved)
             self._switch_dispatch(self._dispatch)
@@ -143,16 +148,20 @@ class Tracee:
         while True:
             status = ptrace.wait(self.tid, self._deadline)
             if status >> 16 == ptrace.EVENT_STOP:
+                self._stopped = True
                 return
             # A signal that was under way: it takes its course, and the stop follows.
-            ptrace.call(ptrace.CONT, self.tid, 0, os.WSTOPSIG(status))
+            signal = os.WSTOPSIG(status)
+            ptrace.call(ptrace.CONT, self.tid, 0, 0 if signal == ptrace.SYSCALL_STOP else signal)
 
     def _step(self) -> None:
         """On to the entry or the exit of our system call."""
         give = 0
         while True:
+            self._stopped = False
             ptrace.call(ptrace.SYSCALL, self.tid, 0, give)
             status = ptrace.wait(self.tid, self._deadline)
+            self._stopped = True
             if os.WSTOPSIG(status) == ptrace.SYSCALL_STOP:
                 return
             # SIGSTOP cannot be blocked: given back, it makes a stop of the process out of which we go on.
