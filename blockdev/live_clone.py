@@ -17,8 +17,13 @@ from blockdev.extents import Range
 from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
 
-# A step of the clone: at the most 256 extents of 4 KiB, for which writes wait some 4 ms.
-STEP_BYTES = 1 << 20
+# A step of the clone: at the most 64 extents of 4 KiB, for which writes wait a millisecond.
+STEP_BYTES = 256 << 10
+# While it is written to, this part of a step's time is left to the writes after it. What one of them syncs has to wait
+# for all that the clones have put into the file system's log, so that is written out by ourselves after so many steps.
+PAUSE = 0.5
+LONG_STEP_S = 0.0002
+STEPS_PER_SYNC = 64
 # Rounds end when one took no longer than this, or no less than this part of the one before.
 SHORT_S = 0.004
 SHRINK = 0.7
@@ -48,7 +53,7 @@ def clone(
         copies = [_Copy(source, track, stack) for source in sources]
         points = [source.mounted.at for source in sources]
         for copy in copies:
-            copy.run(copy.allocated(), check)
+            copy.run_beside(copy.allocated(), check)
         _rounds(copies, points, check)
         with thaw_guard.guarding(points):
             # The guard took its time to start.
@@ -59,7 +64,7 @@ def clone(
             with _frozen(points, stood_still_s := [0.0]):
                 pass
             for copy in copies:
-                copy.run(copy.dirty(), check)
+                copy.run_beside(copy.dirty(), check)
             with _frozen(points, stood_still_s):
                 for copy in copies:
                     copy.run(copy.dirty())
@@ -91,11 +96,21 @@ class _Copy:
         """What may have been written since it was asked last: all of it if nobody knows."""
         return [Range(0, self._size_bytes)] if self._tracker is None else self._tracker.collect()
 
-    def run(self, ranges: Iterable[Range], check: Callable[[], None] = lambda: None) -> None:
-        """Clone these ranges, in steps between which the volume's writes are let through."""
+    def run(self, ranges: Iterable[Range]) -> None:
+        """Clone these ranges while nothing writes."""
         for step in extents.pieces(ranges, STEP_BYTES):
-            check()
             reflink.clone_range(self._source, self.target, step)
+
+    def run_beside(self, ranges: Iterable[Range], check: Callable[[], None]) -> None:
+        """Clone these ranges, and let what writes to the volume through."""
+        for number, step in enumerate(extents.pieces(ranges, STEP_BYTES), 1):
+            check()
+            began = time.monotonic()
+            reflink.clone_range(self._source, self.target, step)
+            if number % STEPS_PER_SYNC == 0:
+                os.fdatasync(self.target)
+            elif (took_s := time.monotonic() - began) > LONG_STEP_S:
+                time.sleep(PAUSE * took_s)
 
 
 def _rounds(copies: Sequence[_Copy], points: Sequence[Path], check: Callable[[], None]) -> None:
@@ -105,7 +120,7 @@ def _rounds(copies: Sequence[_Copy], points: Sequence[Path], check: Callable[[],
         _sync(points)
         began = time.monotonic()
         for copy in copies:
-            copy.run(copy.dirty(), check)
+            copy.run_beside(copy.dirty(), check)
         took_s = time.monotonic() - began
         if took_s <= SHORT_S or took_s > SHRINK * before_s:
             return
