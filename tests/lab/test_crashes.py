@@ -277,7 +277,7 @@ def test_source_gone_for_good(ready: Crashes) -> None:
     ready.ask(A, "source.precopy", "kill")
     with ready.migrating(A, B):
         eventually("the agent died", lambda: not ready.agent_runs(A), 30)
-        eventually("nothing is left", lambda: not ready.lab.leftovers(B), 25)
+        eventually("nothing is left", lambda: not ready.lab.leftovers(B), 60)
     ready.forget()
     ready.settled(moved=False)
 

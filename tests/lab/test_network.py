@@ -284,33 +284,35 @@ def test_established_connection_keeps_its_large_segments(site: Site, host_a: Hos
         client.connect(("10.99.2.101", 7))
         connection, _ = listener.accept()
         received = hashlib.sha256()
+        arrived = threading.Semaphore(0)
 
         def receive() -> None:
             with connection:
-                left = 2 * len(payload)
-                while left:
-                    data = connection.recv(1 << 20)
-                    received.update(data)
-                    left -= len(data)
+                for _ in range(2):
+                    left = len(payload)
+                    while left:
+                        data = connection.recv(min(left, 1 << 20))
+                        received.update(data)
+                        left -= len(data)
+                    arrived.release()
 
-        receiver = threading.Thread(target=receive)
-        receiver.start()
+        threading.Thread(target=receive, daemon=True).start()
         client.sendall(payload)
+        # Before that the window may be closed, and what is sent is small.
+        assert arrived.acquire(timeout=5.0)
         with host_a.hold() as hold:
             host_a.give_way()
             hold.take()
             host_a.disconnect()
             began = time.monotonic()
-            sender = threading.Thread(target=client.sendall, args=(payload,))
-            sender.start()
+            threading.Thread(target=client.sendall, args=(payload,), daemon=True).start()
             time.sleep(0.05)
             largest = max((len(data) for _, data in hold._held), default=0)
             assert largest > 9000
             host_a.connect(learning=False)
             host_a.replay(hold)
             held_s = time.monotonic() - began
-            sender.join(5.0)
-            receiver.join(5.0)
+            assert arrived.acquire(timeout=5.0)
         info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     assert received.digest() == hashlib.sha256(payload * 2).digest()
     retransmitted = int.from_bytes(info[100:104], "little")  # tcpi_total_retrans
