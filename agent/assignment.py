@@ -7,7 +7,7 @@ from pathlib import Path
 from agent import publish
 from agent.addresses import Addresses, mac_for
 from agent.config import Config, Network
-from agent.network import probe_ipv4
+from agent.network import is_own, probe_ipv4
 from migrator.errors import InvalidArgument, Precondition
 from migrator.network import Interface, PublishedPort, check_interface_name, parse_address, parse_mac
 from migrator.v1 import container_pb2
@@ -42,6 +42,8 @@ class Assignment:
                 )
             macs.add(interface.mac)
             self._assign_addresses(interface, taken, is_new=is_new)
+            if is_new:
+                _check_gateways(interface)
             if number == 0 and is_new and interface.bridge == self._network.bridge:
                 self._assign_gateways(interface)
 
@@ -93,6 +95,18 @@ class Assignment:
                 setattr(interface, field, gateway)
 
 
+def _check_gateways(interface: container_pb2.Interface) -> None:
+    """The kernel takes no route by a gateway that no address of the interface reaches."""
+    networks = [ipaddress.ip_interface(address).network for address in interface.addresses]
+    for gateway in (interface.gateway4, interface.gateway6):
+        if not gateway or (":" in gateway and ipaddress.ip_address(gateway).is_link_local):
+            continue
+        if not any(ipaddress.ip_address(gateway) in network for network in networks):
+            raise InvalidArgument(
+                f"gateway {gateway} is in no network of {interface.name}'s addresses ({', '.join(interface.addresses)})"
+            )
+
+
 class Publisher:
     """`assembly.Publisher`: ports go to the container's first IPv4 address, or its first one at all."""
 
@@ -128,7 +142,9 @@ def _pools(network: Network) -> dict[int, Addresses]:
 
 
 def _holder(interface: container_pb2.Interface, address: str) -> str:
-    """Who answers for an IPv4 address on the bridge's network; empty if nobody does."""
+    """This host, or who answers for an IPv4 address on the bridge's network; empty if nobody does."""
+    if is_own(address):
+        return "this host itself"
     if ":" in address or not Path("/sys/class/net", interface.bridge, "bridge").is_dir():
         return ""
     mac = probe_ipv4(interface.bridge, address)

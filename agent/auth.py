@@ -118,4 +118,7 @@ def check(who: Caller, method: str) -> None:
     """Raises PermissionDenied if this caller may not call this method."""
     if who.role not in ROLES.get(method, frozenset()):
         allowed = ", ".join(sorted(ROLES.get(method, ()))) or "nobody"
-        raise PermissionDenied(f"{who.name} has the role {who.role}; {method.rpartition('/')[2]} is for {allowed}")
+        raise PermissionDenied(
+            f"{who.name} has the role {who.role}; {method.rpartition('/')[2]} is for {allowed}: "
+            "use a certificate with such a role, from `migrator cert issue`"
+        )

@@ -6,7 +6,7 @@ from enum import StrEnum
 from sqlite3 import Row
 
 from agent.database import Database
-from migrator.errors import AlreadyExists, NotFound, Precondition
+from migrator.errors import AlreadyExists, Busy, NotFound, Precondition
 from migrator.v1 import container_pb2
 from migrator.v1.container_pb2 import ContainerSpec, ContainerState
 
@@ -75,17 +75,23 @@ class Record:
     conmon_ticks: int
 
     def refuse(self, verb: str, *states: State) -> None:
-        """Raise Precondition (WRONG_STATE) in one of these states."""
+        """Raise Precondition (WRONG_STATE) in one of these states, but Busy where it is on its way here."""
         if self.state in states:
+            self._refuse_arriving()
             raise Precondition(f"cannot {verb} container {self.name}: it is {self.state}", reason="WRONG_STATE")
 
     def require(self, verb: str, *states: State) -> None:
-        """Raise Precondition (WRONG_STATE) in any other state."""
+        """Raise Precondition (WRONG_STATE) in any other state, but Busy where it is on its way here."""
         if self.state not in states:
+            self._refuse_arriving()
             wanted = " or ".join(states)
             raise Precondition(
                 f"cannot {verb} container {self.name}: it is {self.state}, not {wanted}", reason="WRONG_STATE"
             )
+
+    def _refuse_arriving(self) -> None:
+        if self.state is State.ARRIVING:
+            raise Busy(f"container {self.name} is busy: it is on its way to this host; try again when it has arrived")
 
 
 class Records:

@@ -19,6 +19,7 @@ from agent.container_needs import Addresses, Images, Snapshots
 from agent.container_records import Record, Records, State, now_ms
 from agent.database import Database
 from agent.executor import Execution
+from agent.image_sizes import whole_mib
 from agent.leases import Leases
 from agent.processes import Process
 from agent.restarts import RestartClock, wants_restart
@@ -28,6 +29,7 @@ from agent.specs import check_binds, check_name, complete
 from agent.watcher import ExitWatcher
 from blockdev.volume import MountedVolume
 from migrator.errors import Busy, ExecutionError, InvalidArgument, MigratorError, NotFound, Precondition
+from migrator.units import format_size
 from migrator.v1.container_pb2 import ContainerSpec
 
 STOP_TIMEOUT_S = 10.0
@@ -153,6 +155,10 @@ class Containers:
         with self.hold(name, "it is being created"):
             image = self._images.get(spec.image)
             full = complete(name, spec, image.filesystem)
+            smallest = image.path.stat().st_size
+            if full.volumes[0].size_bytes < smallest:
+                given, least = format_size(full.volumes[0].size_bytes), format_size(whole_mib(smallest))
+                raise InvalidArgument(f"a disk of {given} is too small for image {spec.image}: give at least {least}")
             with ExitStack() as undo:
                 record = self._enter(name, full, State.ARRIVING)
                 undo.callback(self._records.delete, name)
@@ -191,6 +197,7 @@ class Containers:
             raise Precondition(f"{number} is not a signal", reason="INVALID_ARGUMENT")
         with self.hold(name, "it is being sent a signal"):
             record = self._records.get(name)
+            record.refuse("send a signal to", State.ARRIVING)
             init = self._init(record) if record.state.is_live else None
             if init is None or not init.signal(number):
                 raise Precondition(f"container {name} does not run: start it first", reason="NOT_RUNNING")
@@ -341,6 +348,8 @@ class Containers:
             # Whoever holds it, a migration say, may hold it long and decides first.
             with self.hold(name, "its end is being noted", wait_s=float("inf"), brief=True):
                 if self._runs.get(name) is launched:
+                    if launched.init.is_alive():
+                        log.warning("conmon is gone, so the container is ended too", container=name)
                     self._after_end(self._ended(self._records.get(name)))
         except MigratorError as error:
             log.error("container's end", container=name, error=str(error))

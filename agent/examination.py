@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agent.assembly import ports
 from agent.managers import Managers
+from agent.network import is_own
 from agent.publish import check_free
 from migrator.errors import MigratorError, NotFound
 from migrator.v1 import container_pb2, peer_pb2
@@ -28,6 +29,10 @@ def objections(
     for other in others:
         for address in sorted(wanted & _addresses(other.spec)):
             message = f"address {address} belongs to container {other.name} on {host}"
+            yield peer_pb2.Objection(reason="ADDRESS_IN_USE", message=message)
+    for address in sorted(wanted):
+        if is_own(address):
+            message = f"address {address} is one of {host}'s own"
             yield peer_pb2.Objection(reason="ADDRESS_IN_USE", message=message)
     for bridge in sorted({interface.bridge for interface in spec.interfaces}):
         if not Path("/sys/class/net", bridge, "bridge").is_dir():

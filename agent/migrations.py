@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 
 import structlog
 
-from agent.container_records import Record
+from agent.container_records import Record, State
 from agent.database import Database
 from agent.departure import Departing
 from agent.journal import Outgoings
@@ -64,11 +64,10 @@ class Migrations:
         with ExitStack() as stack:
             name = f"m-{secrets.token_hex(4)}"
             self._managers.containers.record(request.container)
-            what = f"migration {name} to {request.destination} is under way"
+            what = f"migration {name} to {request.destination} is under way (migrator migrations cancel {name})"
             stack.enter_context(self._managers.containers.hold(request.container, what))
             record = self._managers.containers.record(request.container)
-            if record.state == "arriving":
-                raise Precondition(f"{record.name} is on its way to this host", reason="WRONG_STATE")
+            record.refuse("move", State.ARRIVING)
             record = self._managers.snapshots.settle(record.name)
             peer = stack.enter_context(RemotePeer(self._managers.config, request.destination))
             migration = migration_pb2.Migration(

@@ -165,6 +165,12 @@ def hold_name(container: str) -> str:
     return f"mh{_short(container)}-"
 
 
+def is_own(address: str) -> bool:
+    """Whether the address, in its usual spelling, is one of this host's own."""
+    with network_errors(f"looking for {address} among this host's"), IPRoute() as route:
+        return any(found.get("address") == address for found in route.get_addr())
+
+
 def probe_ipv4(bridge: str, address: str, timeout_s: float = 0.3) -> str | None:
     """The MAC of whoever answers to the IPv4 address on the bridge's network, or None (RFC 5227 probe, sent twice)."""
     with (

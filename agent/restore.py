@@ -20,8 +20,8 @@ from pathlib import Path
 
 from agent.processes import Process, command
 from agent.runtime import Launch
-from migrator.images import last_errors
 from migrator.errors import ExecutionError
+from migrator.images import last_errors
 
 WARM_TIMEOUT_S = 20.0
 HELD_TIMEOUT_S = 120.0

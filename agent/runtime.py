@@ -17,7 +17,7 @@ from typing import Any
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from migrator.errors import ExecutionError
+from migrator.errors import ExecutionError, InvalidArgument
 
 CREATE_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 30.0
@@ -88,7 +88,12 @@ class Launch:
             self._pipe = None
         pid, message = int(answer.get("pid", -1)), str(answer.get("message", "")).strip()
         if pid <= 0:
-            raise ExecutionError(f"runc could not make {self._name}: {self._runtime.last_words(self._name) or message}")
+            reason = self._runtime.last_words(self._name) or message or "it ended without a word; was it killed?"
+            # runc's words where everything is there but the program that was asked for.
+            if "unable to start container process: exec: " in reason:
+                wrong = reason.partition("container process: exec: ")[2]
+                raise InvalidArgument(f"the command of {self._name} cannot be run: {wrong}", reason="COMMAND")
+            raise ExecutionError(f"runc could not make {self._name}: {reason}")
         found = self._runtime.launched(self._name)
         if found is None:
             raise ExecutionError(f"{self._name} ended while it was made; its log may tell: migrator logs {self._name}")

@@ -31,6 +31,10 @@ def complete(name: str, spec: ContainerSpec, image_filesystem: str) -> Container
     """A checked copy with hostname and volumes filled in; its bind mounts are on this host. Raises InvalidArgument."""
     result = _complete(name, spec, image_filesystem)
     check_binds(result)
+    if len(result.volumes) > MAXIMUM_VOLUMES:
+        raise InvalidArgument(f"{len(result.volumes)} volumes are too many: {MAXIMUM_VOLUMES} are possible")
+    if result.ports and not any(interface.addresses for interface in result.interfaces):
+        raise InvalidArgument(f"{name} has no address that its ports could be forwarded to: give one, or --ip auto")
     return result
 
 

@@ -55,12 +55,24 @@ def connect(address: str, *, name: str, tls: Tls, urgent: bool = False) -> grpc.
     An urgent one notices a dead peer within a good second; it is for few and small messages.
 
     The files are read now: make a channel per piece of work, and renewed certificates are used from the next one on.
-    Raises Unreachable if one of the files cannot be read.
+    Raises Unreachable if one of the files cannot be read, or if they do not belong together.
     """
+    # Only here: a command that uses the local socket shall not wait for it.
+    import ssl
+
     try:
         credentials = grpc.ssl_channel_credentials(
             tls.ca.read_bytes(), tls.key.read_bytes(), tls.certificate.read_bytes()
         )
+        # gRPC says nothing of these errors but in its log.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_cert_chain(tls.certificate, tls.key)
+        context.load_verify_locations(tls.ca)
+    except ssl.SSLError as error:
+        raise Unreachable(
+            f"no connection to {name or address}: the certificates do not fit each other or are none: "
+            f"{tls.certificate}, {tls.key}, {tls.ca} ({error.reason or error})"
+        ) from error
     except OSError as error:
         raise Unreachable(
             f"no connection to {name or address} without certificates: {error.filename}: {error.strerror}; "

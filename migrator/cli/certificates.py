@@ -39,7 +39,7 @@ def init(folder: Path, force: bool) -> None:
 @group.command("issue")
 @click.option("--role", type=click.Choice(["peer", "operator", "viewer"]), required=True, help="A host is a peer.")
 @click.option("--address", "addresses", multiple=True, metavar="IP|DNS", help="Address that the host is reached at.")
-@click.option("--days", type=click.IntRange(min=1), default=825, show_default=True, help="How long it is valid.")
+@click.option("--days", type=click.IntRange(1, 36500), default=825, show_default=True, help="How long it is valid.")
 @FORCE
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("name")

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+import grpc
 
 from migrator.cli import output
-from migrator.cli.amounts import SIZE
+from migrator.cli.amounts import CPUS, SIZE
 from migrator.cli.base import Command, settings
 from migrator.cli.connection import WORK_S, agent
 from migrator.cli.names import CONTAINER, IMAGE
@@ -19,8 +20,8 @@ OPTIONS = [
     click.option("--disk", type=SIZE, help="Size of the root volume, for example 2GiB."),
     click.option("--fs", type=click.Choice(["ext4", "xfs", "btrfs"]), help="File system of the root volume."),
     click.option("--memory", type=SIZE, help="Limit, for example 512MiB; none by default."),
-    click.option("--cpus", type=click.FloatRange(min=0.01), help="Limit in CPUs, for example 1.5; none by default."),
-    click.option("--pids", type=click.IntRange(min=1), help="Limit on processes and threads; none by default."),
+    click.option("--cpus", type=CPUS, help="Limit in CPUs, for example 1.5; none by default."),
+    click.option("--pids", type=click.IntRange(1, 1 << 22), help="Limit on processes and threads; none by default."),
     click.option("--ip", "ips", multiple=True, metavar="ADDRESS/PREFIX|auto", help="IPv4 of the first interface."),
     click.option("--ip6", "ip6s", multiple=True, metavar="ADDRESS/PREFIX|auto", help="IPv6 of the first interface."),
     click.option("--gateway", default="", metavar="ADDRESS", help="IPv4 gateway of the first interface."),
@@ -41,14 +42,29 @@ OPTIONS = [
         metavar="SRC:DST[:ro][,shared]",
         help="A folder of the host. Migrates live only if shared: your word that it is the same on every host.",
     ),
-    click.option("-e", "--env", "environment", multiple=True, metavar="NAME=VALUE"),
-    click.option("-w", "--workdir", default="", metavar="PATH"),
-    click.option("-u", "--user", default="", metavar="USER[:GROUP]"),
+    click.option(
+        "-e", "--env", "environment", multiple=True, metavar="NAME=VALUE", help="Variable of its environment."
+    ),
+    click.option("-w", "--workdir", default="", metavar="PATH", help="Where its command begins; / by default."),
+    click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Who runs its command; root by default."),
     click.option("--hostname", default="", help="The container's name by default."),
-    click.option("--cap-add", multiple=True, metavar="CAPABILITY"),
-    click.option("--cap-drop", multiple=True, metavar="CAPABILITY"),
-    click.option("--seccomp", type=click.Choice(["default", "unconfined"]), default="default"),
-    click.option("--restart", type=click.Choice(["no", "on-failure", "always"]), default="no", show_default=True),
+    click.option(
+        "--cap-add", multiple=True, metavar="CAPABILITY", help="Beside the default ones, for example NET_ADMIN."
+    ),
+    click.option("--cap-drop", multiple=True, metavar="CAPABILITY", help="Without this one of the default ones."),
+    click.option(
+        "--seccomp",
+        type=click.Choice(["default", "unconfined"]),
+        default="default",
+        help="System calls that are allowed.",
+    ),
+    click.option(
+        "--restart",
+        type=click.Choice(["no", "on-failure", "always"]),
+        default="no",
+        show_default=True,
+        help="When it ends.",
+    ),
     click.argument("name", type=CONTAINER),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] COMMAND..."),
 ]
@@ -88,7 +104,11 @@ def _make(name: str, given: dict[str, Any], *, run: bool) -> None:
         stub = ContainerServiceStub(channel)
         made = stub.CreateContainer(request, timeout=WORK_S).container
         if run:
-            made = stub.StartContainer(container_pb2.StartContainerRequest(name=name), timeout=WORK_S).container
+            try:
+                made = stub.StartContainer(container_pb2.StartContainerRequest(name=name), timeout=WORK_S).container
+            except grpc.RpcError:
+                click.echo(f"migrator: {name} was made, but not started; to be rid of it: migrator rm {name}", err=True)
+                raise
     if settings().json:
         output.write_json(output.container_object(made))
     else:

@@ -4,11 +4,15 @@ Commands are imported when they are used: `migrator ps` must not pay for what on
 """
 
 import importlib
+import os
 import sys
 
 import click
 
 from migrator.cli.base import Command, Group
+
+# gRPC's own log says on standard error what our message says too; it is read when grpc is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 COMMANDS = {
     "cert": "certificates:group",

@@ -3,7 +3,7 @@
 import click
 
 from migrator.cli import output
-from migrator.cli.amounts import DURATION_MS, RATE
+from migrator.cli.amounts import RATE, TIME_LIMIT_MS
 from migrator.cli.base import Command, settings
 from migrator.cli.connection import READ_S, agent
 from migrator.cli.follow import follow
@@ -21,7 +21,9 @@ SNAPSHOTS = {
 
 @click.command("migrate", cls=Command)
 @click.option("--check-only", is_flag=True, help="Only ask whether it could be moved; nothing is touched.")
-@click.option("--timeout", type=DURATION_MS, metavar="DURATION", help="Roll back if it takes longer, for example 60s.")
+@click.option(
+    "--timeout", type=TIME_LIMIT_MS, metavar="DURATION", help="Roll back if it takes longer, for example 60s."
+)
 @click.option("--bandwidth", type=RATE, metavar="RATE", help="Limit on all that is sent, for example 2Gbit/s.")
 @click.option("--verify", is_flag=True, help="Compare whole volumes while it stands still; roll back if they differ.")
 @click.option(
@@ -44,7 +46,7 @@ def command(
     snapshots: bool | None,
     detach: bool,
 ) -> int:
-    """Move a running container from this host to another, live.
+    """Move a container from this host to another, live; one that is stopped or paused stays so.
 
     \b
     migrate ct101 host-b

@@ -8,7 +8,7 @@ import pytest
 
 import blockdev.pool
 from agent.container_records import State
-from migrator.errors import AlreadyExists, Busy, ExecutionError, InvalidArgument, NotFound, Precondition
+from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
 from migrator.v1 import container_pb2
 from tests.lab.containers_kit import Bench, TestImage, bench, make_image, need
 
@@ -194,7 +194,7 @@ def test_names(host: Bench, name: str) -> None:
 
 def test_failed_start_leaves_nothing(host: Bench) -> None:
     host.containers.create("t-fail", container_pb2.ContainerSpec(image="tiny", command=["/no/such/program"]))
-    with pytest.raises(ExecutionError, match="no such file"):
+    with pytest.raises(InvalidArgument, match="no such file"):
         host.containers.start("t-fail")
     assert host.containers.record("t-fail").state is State.CREATED
     assert not host.containers.cgroup("t-fail").folders()

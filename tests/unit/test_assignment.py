@@ -6,6 +6,7 @@ import pytest
 
 from agent import config
 from agent.assignment import Assignment
+from agent.network import is_own
 from migrator.errors import InvalidArgument, Precondition
 from migrator.v1.container_pb2 import ContainerSpec, Interface
 
@@ -62,6 +63,11 @@ def test_what_is_given_is_kept_and_checked(assignment: Assignment) -> None:
         assert raised.value.reason == "ADDRESS_IN_USE"
 
 
+def test_an_address_of_the_host_is_in_use() -> None:
+    assert is_own("127.0.0.1")
+    assert not is_own("192.0.2.7")
+
+
 def test_a_complete_spec_stays_as_it_is(assignment: Assignment) -> None:
     asked = spec("auto")
     assignment.assign("ct101", asked, [])
@@ -74,6 +80,13 @@ def test_a_gateway_outside_the_network_is_not_given(assignment: Assignment) -> N
     asked = spec("192.0.2.7/24")
     assignment.assign("ct101", asked, [])
     assert asked.interfaces[0].gateway4 == ""
+
+
+def test_a_gateway_has_to_be_in_reach(assignment: Assignment) -> None:
+    for fields in ({"gateway4": "192.0.2.1"}, {"gateway6": "fd00::1"}):
+        with pytest.raises(InvalidArgument, match="in no network of eth0"):
+            assignment.assign("ct101", spec("10.77.2.101/16", "fd77::5/64", **fields), [])
+    assignment.assign("ct101", spec("10.77.2.101/16", "fd77::5/64", gateway4="10.77.0.9", gateway6="fe80::1"), [])
 
 
 @pytest.mark.parametrize("address", ["10.77.2.101", "nonsense", "10.0.0.0.1/8"])

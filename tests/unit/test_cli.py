@@ -95,6 +95,12 @@ def test_create_sends_the_whole_spec(agent: FakeAgent) -> None:
         (["create", "a", "--image", "i", "-p", "80"], "8080:80"),
         (["create", "a", "--image", "i", "--volume", "data=1GiB"], "/data=10GiB"),
         (["create", "a", "--image", "i", "--disk", "2 potatoes"], "not a size"),
+        (["create", "a", "--image", "i", "--cpus", "nan"], "not a number of CPUs"),
+        (["create", "a", "--image", "i", "--cpus", "inf"], "not in the range"),
+        (["create", "a", "--image", "i", "--pids", "99999999999999999999"], "not in the range"),
+        (["migrate", "a", "host-b", "--timeout", "0s"], "too little"),
+        (["migrate", "a", "host-b", "--bandwidth", "0Mbit/s"], "too little"),
+        (["cert", "issue", "ca", "a", "--role", "peer", "--days", "99999999"], "not in the range"),
         (["kill", "-s", "NONSENSE", "a"], "not a signal"),
         (["start", "absent"], "there is no container absent"),
     ],
@@ -224,6 +230,19 @@ def test_certificates_are_made_without_an_agent(tmp_path: Path) -> None:
     made = json.loads(CliRunner().invoke(main, words).stdout)
     assert Path(made["certificate"]).exists() and Path(made["key"]).stat().st_mode & 0o77 == 0
     assert CliRunner().invoke(main, words).exit_code == 2
+
+
+def test_a_key_that_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "ca"
+    CliRunner().invoke(main, ["cert", "init", str(folder)])
+    for name in ("alice", "bob"):
+        CliRunner().invoke(main, ["cert", "issue", str(folder), name, "--role", "operator"])
+    files = ["--ca", f"{folder}/ca.crt", "--cert", f"{folder}/alice.crt", "--key", f"{folder}/bob.key"]
+    words = [sys.executable, "-c", SCRIPT, "--host", "127.0.0.1:1", *files, "ps"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 4
+    assert len(done.stderr.splitlines()) == 1
+    assert "certificates do not fit" in done.stderr
 
 
 def test_an_agent_that_stays_away_leaves_7_and_what_is_known(agent: FakeAgent) -> None:
