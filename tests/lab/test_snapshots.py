@@ -110,9 +110,9 @@ def test_moved_or_left_behind_as_asked(redis: Lab) -> None:
     assert {name: (item["parent"], item["created"], item["current"]) for name, item in now.items()} == {
         name: (item["parent"], item["created"], item["current"]) for name, item in before.items()
     }
-    # The first whole, of the second and of the volume what differs.
+    # The first whole, of the second and of the volume what differs; ext4 may be making its inode tables meanwhile.
     whole = redis.ps(B)[NAME]["disk_bytes"]
-    assert report["bytes"]["disk"] < whole + (16 << 20)
+    assert report["bytes"]["disk"] < 1.5 * whole
     assert images(redis, A) == []
     assert length(redis) == 2
     for name, expected in (("empty", 0), ("full", 1)):
