@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pycriu.images import fdinfo_pb2
 
-_MAGICS = struct.Struct("<II")  # of all images, and of the kind
+HEADER_BYTES = 8  # two magic numbers: of all images, and of the kind
 _LENGTH = struct.Struct("<I")
 
 
@@ -18,10 +18,10 @@ def rearm_timers(images: Path) -> None:
     """
     path = images / "files.img"
     content = path.read_bytes()
-    entries = [fdinfo_pb2.file_entry.FromString(entry) for entry in _entries(content)]
+    files = [fdinfo_pb2.file_entry.FromString(entry) for entry in entries(content)]
     stopped = [
         entry.tfd
-        for entry in entries
+        for entry in files
         if entry.type == fdinfo_pb2.TIMERFD
         and (entry.tfd.isec or entry.tfd.insec)
         and not (entry.tfd.vsec or entry.tfd.vnsec)
@@ -30,7 +30,7 @@ def rearm_timers(images: Path) -> None:
     if stopped:
         for timer in stopped:
             timer.vsec, timer.vnsec = timer.isec, timer.insec
-        path.write_bytes(content[: _MAGICS.size] + _joined([entry.SerializeToString() for entry in entries]))
+        path.write_bytes(content[:HEADER_BYTES] + joined([entry.SerializeToString() for entry in files]))
 
 
 def last_errors(log: Path) -> str:
@@ -43,8 +43,9 @@ def last_errors(log: Path) -> str:
     return "".join(f"\n  {line}" for line in errors[-3:])
 
 
-def _entries(content: bytes) -> Iterator[bytes]:
-    offset = _MAGICS.size
+def entries(content: bytes) -> Iterator[bytes]:
+    """The messages of an image, without its header."""
+    offset = HEADER_BYTES
     while offset < len(content):
         (length,) = _LENGTH.unpack_from(content, offset)
         offset += _LENGTH.size
@@ -52,5 +53,6 @@ def _entries(content: bytes) -> Iterator[bytes]:
         offset += length
 
 
-def _joined(entries: Sequence[bytes]) -> bytes:
-    return b"".join(_LENGTH.pack(len(entry)) + entry for entry in entries)
+def joined(messages: Sequence[bytes]) -> bytes:
+    """Messages as they follow an image's header."""
+    return b"".join([_LENGTH.pack(len(message)) + message for message in messages])

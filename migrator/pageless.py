@@ -37,7 +37,9 @@ _FIRST, _END = 0x10000, 0x7FFFFFFFF000
 _DISTANT_US = 1 << 60
 
 _WITH_CACHE = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
-_WITH_RUN = 'mount -t tmpfs tmpfs /run && if [ -e "$1" ]; then cp "$1" "$2"; fi && shift 2 && exec "$@"'
+# With an empty /run, and the cache from or to the pipe: no folder of ours is to be seen there.
+_TRY_CACHE = 'mount -t tmpfs tmpfs /run && cat >"$1" && shift && exec "$@" >/dev/null'
+_MAKE_CACHE = 'mount -t tmpfs tmpfs /run && "$2" check >/dev/null; cat "$1"'
 _UNSHARE = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
 
 
@@ -85,7 +87,7 @@ def probe(criu: str, environment: Mapping[str, str], folder: Path) -> Pageless:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder, prefix="probe-") as temporary:
         work = Path(temporary)
-        cache = _patched(criu, environment, work)
+        cache = _patched(criu, environment)
         kept = folder / "criu.kdat"
         kept.write_bytes(cache)
         pageless = Pageless(kept)
@@ -93,19 +95,17 @@ def probe(criu: str, environment: Mapping[str, str], folder: Path) -> Pageless:
     return pageless
 
 
-def _patched(criu: str, environment: Mapping[str, str], work: Path) -> bytes:
-    original, trial = work / "original", work / "trial"
-    copy = 'mount -t tmpfs tmpfs /run && "$0" check >/dev/null; cp "$1" "$2"'
-    _run([*_UNSHARE, copy, criu, str(CACHE), str(original)], environment)
-    content = original.read_bytes()
+def _patched(criu: str, environment: Mapping[str, str]) -> bytes:
+    made = _run([*_UNSHARE, _MAKE_CACHE, "criu", str(CACHE), criu], environment)
+    content = made.stdout
+    if made.returncode != 0 or not content:
+        raise ExecutionError(f"CRIU keeps no cache of kernel features: {made.stderr.decode(errors='replace').strip()}")
     for offset in (LIKELY_OFFSET, *range(len(content))):
-        if content[offset] != 0:
-            continue
-        trial.write_bytes(content[:offset] + b"\1" + content[offset + 1 :])
-        check = [criu, "check", "--feature", "mem_dirty_track"]
-        done = _try([*_UNSHARE, _WITH_RUN, "criu", str(trial), str(CACHE), *check], environment)
-        if done.returncode == 0:
-            return trial.read_bytes()
+        if content[offset] == 0:
+            trial = content[:offset] + b"\1" + content[offset + 1 :]
+            check = [str(CACHE), criu, "check", "--feature", "mem_dirty_track"]
+            if _run([*_UNSHARE, _TRY_CACHE, "criu", *check], environment, trial).returncode == 0:
+                return trial
     raise ExecutionError(f"this CRIU's cache of kernel features ({len(content)} bytes) is not understood")
 
 
@@ -143,7 +143,7 @@ def _dump_sleeper(criu: str, environment: Mapping[str, str], pageless: Pageless,
             "--leave-running",
         ]
         dump += ["--track-mem", "--prev-images-dir", "../parent"]
-        if _try(dump, environment).returncode != 0:
+        if _run(dump, environment).returncode != 0:
             raise ExecutionError(f"a dump without pages failed:{last_errors(images / 'dump.log')}")
         pages = sum(path.stat().st_size for path in images.glob("pages-*.img"))
         if pages:
@@ -153,23 +153,12 @@ def _dump_sleeper(criu: str, environment: Mapping[str, str], pageless: Pageless,
         sleeper.wait()
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> None:
-    done = _try(command, environment)
-    if done.returncode != 0:
-        words = (done.stdout + done.stderr).strip().splitlines()[-3:]
-        raise ExecutionError(f"{' '.join(command[-6:])} exited with code {done.returncode}: {'; '.join(words)}")
-
-
-def _try(command: list[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+def _run(
+    command: list[str], environment: Mapping[str, str], given: bytes = b""
+) -> "subprocess.CompletedProcess[bytes]":
     try:
         return subprocess.run(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PROBE_TIMEOUT_S,
+            command, env=dict(environment), input=given, capture_output=True, check=False, timeout=PROBE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired as error:
         raise ExecutionError(f"{command[0]} did not end within {PROBE_TIMEOUT_S:g} s") from error

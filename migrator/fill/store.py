@@ -1,0 +1,52 @@
+"""The page store: a folder on tmpfs, a sparse file for each process, in which the offset is the virtual address."""
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+
+
+def path_of(store: Path, pid: int) -> Path:
+    """The file of a process; `pid` is that in the container's own pid namespace."""
+    return store / f"mem-{pid}"
+
+
+def data(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What is there between two offsets, in order; the rest are holes."""
+    while start < end:
+        try:
+            first = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        if first >= end:
+            return
+        last = min(end, os.lseek(descriptor, first, os.SEEK_HOLE))
+        yield first, last
+        start = last
+
+
+def give_back(descriptor: int, start: int, end: int) -> None:
+    """Free what is held between two offsets: a hole from then on."""
+    if _libc.fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, start, end - start):
+        code = ctypes.get_errno()
+        raise OSError(code, f"fallocate: {os.strerror(code)}", f"page store, {start:x}-{end:x}")
+
+
+def all_held_bytes(store: Path) -> int:
+    """How much memory the whole store takes."""
+    total = 0
+    for entry in os.scandir(store):
+        # A file goes when its process has all of it.
+        with contextlib.suppress(FileNotFoundError):
+            total += entry.stat().st_blocks * 512
+    return total

@@ -1,0 +1,335 @@
+"""The process that answers page faults and fills. It may die at any time: the keeper then starts another."""
+
+import ctypes
+import gc
+import mmap
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from migrator.fill import messages, userfault
+from migrator.fill import store as page_store
+from migrator.fill.images import lazy_segments
+from migrator.fill.journal import Change, Journal
+from migrator.fill.messages import Kind, Packet
+from migrator.fill.spaces import Segment, Space
+from migrator.fill.store import PAGE_BYTES
+from migrator.fill.userfault import Event, Message, Outcome
+
+# A fault waits for at most one of these.
+_CHUNK_BYTES = 1 << 20
+# What is filled next around a page that was asked for.
+_AROUND_BYTES = 64 << 10
+_PATIENCE_S = 10.0
+# Of user space: all that a userfaultfd may have waiters in.
+_LOWEST, _HIGHEST = 1 << 16, {"x86_64": (1 << 47) - PAGE_BYTES, "aarch64": 1 << 48}
+
+
+class LostChild(Exception):
+    """The userfaultfd of a forked child died with the worker that had just read of it."""
+
+
+class Worker:
+    """One incarnation, made in the keeper and run in a process forked from it.
+
+    `tasks` are the spaces known so far, by number: the pid whose images say what is left, None for a child that was
+    forked since the restore. `descriptors` are those which are not closed.
+    """
+
+    def __init__(
+        self, images: Path, store: Path, journal: Journal, keeper: socket.socket,
+        tasks: Mapping[int, int | None], descriptors: Mapping[int, int], *, restored: bool,
+    ) -> None:  # fmt: skip
+        self._images = images
+        self._store = store
+        self._journal = journal
+        self._keeper: socket.socket | None = keeper
+        self._restored = restored
+        self._spaces: dict[int, Space] = {}
+        self._descriptors: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._files: dict[int, int | None] = {}
+        self._sharers: dict[int, int] = {}
+        self._epoll = select.epoll()
+        self._epoll.register(keeper.fileno(), select.EPOLLIN)
+        self._postponed: list[tuple[int, int]] = []
+        self._wanted: deque[tuple[int, int]] = deque(maxlen=256)
+        self._used: list[tuple[int, int, int]] = []
+        self._changing = False
+        self._short_since: float | None = None
+        self._memory = mmap.mmap(-1, _CHUNK_BYTES)
+        self._buffer = memoryview(self._memory)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._recover(tasks, descriptors)
+
+    def run(self) -> None:
+        """Returns when everything is filled. Raises LostChild, and OSError for what the kernel should not answer."""
+        gc.disable()
+        while not (self._restored and not self._spaces):
+            working = bool(self._postponed) or (self._restored and not self._changing)
+            for descriptor, _ in self._epoll.poll(0 if working else (0.001 if self._changing else None)):
+                if descriptor in self._numbers:
+                    self._answer(self._numbers[descriptor])
+                else:
+                    self._listen()
+            self._changing = False
+            self._answer_postponed()
+            if self._restored:
+                self._fill_some()
+        self._journal.finish()
+        self._tell(Packet(Kind.END))
+
+    # What the keeper says
+
+    def _listen(self) -> Packet | None:
+        assert self._keeper is not None
+        packet = messages.receive(self._keeper)
+        if packet is None:
+            # Without its keeper it goes on: nothing is lost as long as one of them lives.
+            self._epoll.unregister(self._keeper.fileno())
+            self._keeper = None
+        elif packet.kind == Kind.TASK and packet.descriptor is not None:
+            self._add(packet.space, packet.descriptor, Space(packet.number, lazy_segments(self._images, packet.number)))
+            self._next = packet.space + 1
+        elif packet.kind == Kind.RESTORED:
+            self._restored = True
+            for owner in self._sharers:
+                self._give_back_the_rest(owner)
+        return packet
+
+    def _tell(self, packet: Packet) -> bool:
+        return self._keeper is not None and messages.send(self._keeper, packet)
+
+    def _add(self, number: int, descriptor: int, space: Space) -> None:
+        self._spaces[number] = space
+        self._descriptors[number] = descriptor
+        self._numbers[descriptor] = number
+        owner = space.owner
+        if owner not in self._files:
+            try:
+                self._files[owner] = os.open(page_store.path_of(self._store, owner), os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self._files[owner] = None
+        self._sharers[owner] = self._sharers.get(owner, 0) + 1
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _close(self, number: int) -> None:
+        """Nothing is left to do for a space. Its last descriptor frees its threads if they wait for a page of zeros."""
+        space = self._spaces.pop(number)
+        descriptor = self._descriptors.pop(number)
+        del self._numbers[descriptor]
+        self._epoll.unregister(descriptor)
+        self._tell(Packet(Kind.CLOSED, number))
+        os.close(descriptor)
+        self._sharers[space.owner] -= 1
+        if not self._sharers[space.owner]:
+            file = self._files.pop(space.owner)
+            if file is not None:
+                os.close(file)
+                page_store.path_of(self._store, space.owner).unlink(missing_ok=True)
+
+    # What the kernel says
+
+    def _answer(self, number: int) -> None:
+        faults = []
+        for index, message in enumerate(self._journal.read(self._descriptors[number], number)):
+            if message.event == Event.FAULT:
+                faults.append(message.second & -PAGE_BYTES)
+            else:
+                self._change(index, number, message)
+        self._journal.settled()
+        for address in faults:
+            self._fault(number, address)
+
+    def _change(self, index: int, number: int, message: Message) -> None:
+        child = 0
+        if message.event == Event.FORK:
+            child = self._next
+            packet = Packet(Kind.FORKED, child, 0, message.first)
+            if self._tell(packet):
+                while (answer := self._listen()) is not None and answer.kind != Kind.TAKEN:
+                    pass
+        self._journal.record(index, Change(number, message, child))
+        forked = _apply(self._spaces[number], message)
+        if forked is not None:
+            self._next += 1
+            self._add(child, message.first, forked)
+
+    def _fault(self, number: int, address: int) -> None:
+        space = self._spaces.get(number)
+        if space is None:
+            return
+        segment = space.find(address)
+        if segment is None:
+            outcome = self._zero(number, space, address)
+        else:
+            self._read(space.owner, segment.source, PAGE_BYTES)
+            _, outcome = userfault.copy(self._descriptors[number], address, self._address, PAGE_BYTES)
+            if outcome in (Outcome.DONE, Outcome.PRESENT):
+                space.remove(address, address + PAGE_BYTES)
+                self._used.append((space.owner, segment.source, segment.source + PAGE_BYTES))
+                self._wanted.append((number, address & -_AROUND_BYTES))
+        match outcome:
+            case Outcome.PRESENT | Outcome.UNMAPPED:
+                userfault.wake(self._descriptors[number], address, PAGE_BYTES)
+            case Outcome.CHANGING:
+                self._postponed.append((number, address))
+            case Outcome.NO_MEMORY:
+                self._be_patient()
+                self._postponed.append((number, address))
+            case Outcome.GONE:
+                self._close(number)
+
+    def _zero(self, number: int, space: Space, address: int) -> Outcome:
+        """Where one page of zeros is asked for, others follow: memory is being taken into use."""
+        end = (address & -_AROUND_BYTES) + _AROUND_BYTES
+        for segment in space.segments_between(address, end):
+            end = segment.start
+            break
+        _, outcome = userfault.zero(self._descriptors[number], address, end - address)
+        if outcome == Outcome.UNMAPPED:
+            _, outcome = userfault.zero(self._descriptors[number], address, PAGE_BYTES)
+        return outcome
+
+    def _answer_postponed(self) -> None:
+        if self._postponed:
+            postponed, self._postponed = self._postponed, []
+            for number, address in postponed:
+                self._fault(number, address)
+
+    # Filling
+
+    def _fill_some(self) -> None:
+        for owner, start, end in self._used:
+            self._give_back(owner, start, end)
+        self._used.clear()
+        while self._wanted:
+            number, start = self._wanted.pop()
+            space = self._spaces.get(number)
+            if space is not None and (left := space.segments_between(start, start + _AROUND_BYTES)):
+                for segment in left:
+                    self._fill(number, segment)
+                return
+        for number, space in self._spaces.items():
+            if space:
+                self._fill(number, space.first)
+            else:
+                self._close(number)
+            return
+
+    def _fill(self, number: int, segment: Segment) -> None:
+        """Map what the store has first of a segment."""
+        space = self._spaces.get(number)
+        if space is None:
+            return
+        start, end, source = segment
+        found = self._data(space.owner, source, source + end - start)
+        if found is None:
+            space.remove(start, end)
+            return
+        if found[0] > source:
+            space.remove(start, start + found[0] - source)
+            start += found[0] - source
+        source = found[0]
+        length = min(found[1] - source, _CHUNK_BYTES)
+        self._read(space.owner, source, length)
+        descriptor = self._descriptors[number]
+        done, outcome = userfault.copy(descriptor, start, self._address, length)
+        while outcome == Outcome.UNMAPPED and length > PAGE_BYTES:
+            # Only within one mapping: one that was split since is found by halving.
+            length = max(PAGE_BYTES, length // 2 & -PAGE_BYTES)
+            done, outcome = userfault.copy(descriptor, start, self._address, length)
+        while outcome == Outcome.PRESENT and done < length:
+            done += PAGE_BYTES
+            if done < length:
+                more, outcome = userfault.copy(descriptor, start + done, self._address + done, length - done)
+                done += more
+        if outcome == Outcome.UNMAPPED and not done:
+            done = PAGE_BYTES
+        if done:
+            self._short_since = None
+            space.remove(start, start + done)
+            self._give_back(space.owner, source, source + done)
+        match outcome:
+            case Outcome.CHANGING:
+                self._changing = True
+            case Outcome.NO_MEMORY:
+                self._be_patient()
+            case Outcome.GONE:
+                self._close(number)
+
+    def _be_patient(self) -> None:
+        """The container's memory limit, or the host's: others may give some back. Raises OSError when it lasts."""
+        now = time.monotonic()
+        if self._short_since is None:
+            self._short_since = now
+        if now - self._short_since > _PATIENCE_S:
+            raise MemoryError(f"no memory for the container's pages for {_PATIENCE_S:.0f} s")
+        time.sleep(0.002)
+
+    # The store
+
+    def _read(self, owner: int, source: int, length: int) -> None:
+        file = self._files[owner]
+        read = 0 if file is None else os.preadv(file, [self._buffer[:length]], source)
+        if read < length:
+            self._buffer[read:length] = bytes(length - read)
+
+    def _data(self, owner: int, start: int, end: int) -> tuple[int, int] | None:
+        file = self._files[owner]
+        return None if file is None else next(page_store.data(file, start, end), None)
+
+    def _give_back(self, owner: int, start: int, end: int) -> None:
+        file = self._files.get(owner)
+        if file is not None and self._sharers[owner] == 1:
+            page_store.give_back(file, start, end)
+
+    def _give_back_the_rest(self, owner: int) -> None:
+        """What is in the images, and what was thrown away in the end."""
+        at = 0
+        for segment in sorted(lazy_segments(self._images, owner), key=lambda segment: segment.source):
+            if segment.source > at:
+                self._give_back(owner, at, segment.source)
+            at = segment.source + segment.end - segment.start
+        self._give_back(owner, at, (1 << 63) - PAGE_BYTES)
+
+    # After the death of another
+
+    def _recover(self, tasks: Mapping[int, int | None], descriptors: Mapping[int, int]) -> None:
+        """From the images and the journal to what is left, with all that was ever left in it: see the journal."""
+        spaces = {
+            number: Space(pid, lazy_segments(self._images, pid)) for number, pid in tasks.items() if pid is not None
+        }
+        for change in self._journal.changes():
+            child = _apply(spaces[change.space], change.message)
+            if child is not None:
+                spaces[change.child] = child
+        reader, unsettled = self._journal.unsettled()
+        for index, message in unsettled:
+            if message.event == Event.FORK and len(spaces) not in tasks:
+                raise LostChild
+            self._journal.record(index, Change(reader, message, len(spaces)))
+            child = _apply(spaces[reader], message)
+            if child is not None:
+                spaces[len(spaces)] = child
+        self._journal.settled()
+        self._next = len(spaces)
+        for number, descriptor in descriptors.items():
+            self._add(number, descriptor, spaces[number])
+            userfault.wake(descriptor, _LOWEST, _HIGHEST[os.uname().machine] - _LOWEST)
+
+
+def _apply(space: Space, message: Message) -> Space | None:
+    """Gives the space of a forked child."""
+    match message.event:
+        case Event.FORK:
+            return space.forked()
+        case Event.REMAP:
+            space.move(message.first, message.second, message.third)
+        case Event.REMOVE | Event.UNMAP:
+            space.remove(message.first, message.second)
+    return None

@@ -1,0 +1,115 @@
+"""The fill behind real restores by CRIU: every page holds what it has to, whatever the process does meanwhile."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrator.errors import ExecutionError
+from migrator.fill.status import State
+from tests.contract.fill_kit import Room, Victim, room, victim
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Room]:
+    with room() as found:
+        yield found
+
+
+def move(moved: Victim) -> None:
+    moved.dump()
+    moved.launch()
+    moved.restore()
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["none", "fork", "grandchildren", "exit", "exec", "munmap", "madvise", "mremap", "threads", "mixed", "slow"],
+)
+def test_every_page_is_right(made: Room, scenario: str) -> None:
+    with victim(made, scenario, 24) as moved:
+        move(moved)
+        status = moved.wait_until_filled()
+        assert (status.state, status.left_bytes, status.restarts) == (State.DONE, 0, 0), moved.log()
+        assert moved.wait_for("bad") == ["bad 0"]
+
+
+@pytest.mark.parametrize("environment", [{"SPARSE": "1"}, {"HUGE": "1"}, {"LOCKED": "1"}, {"PROCESSES": "4"}])
+def test_memory_of_all_kinds(made: Room, environment: dict[str, str]) -> None:
+    with victim(made, "fork", 16, **environment) as moved:
+        move(moved)
+        assert moved.wait_until_filled().state is State.DONE, moved.log()
+        assert set(moved.wait_for("bad", moved.count)) == {"bad 0"}
+
+
+@pytest.mark.parametrize("scenario", ["mixed", "threads", "slow"])
+def test_a_worker_that_dies_is_replaced(made: Room, scenario: str) -> None:
+    with victim(made, scenario, 48) as moved:
+        moved.dump()
+        fill = moved.launch()
+        moved.restore()
+        for _ in range(3):
+            for worker in workers(fill):
+                os.kill(worker, signal.SIGKILL)
+            time.sleep(0.01)
+        assert moved.wait_until_filled().state is State.DONE, moved.log()
+        assert moved.wait_for("bad") == ["bad 0"]
+
+
+def test_a_worker_that_dies_while_a_child_is_forked(made: Room) -> None:
+    """The child's descriptor may be lost with it; then nothing runs with pages of zeros where its memory was."""
+    with victim(made, "fork", 48) as moved:
+        moved.dump()
+        fill = moved.launch()
+        moved.restore()
+        for worker in workers(fill):
+            os.kill(worker, signal.SIGKILL)
+        if moved.wait_until_filled().state is State.DONE:
+            assert moved.wait_for("bad") == ["bad 0"]
+        else:
+            assert not moved.members()
+            assert not moved.lines("bad")
+
+
+def test_without_its_keeper_it_goes_on(made: Room) -> None:
+    with victim(made, "slow", 48) as moved:
+        moved.dump()
+        fill = moved.launch()
+        moved.restore()
+        os.kill(fill, signal.SIGKILL)
+        assert moved.wait_until_filled().state is State.DONE, moved.log()
+        assert moved.wait_for("bad") == ["bad 0"]
+
+
+def test_a_process_whose_memory_is_lost_does_not_go_on(made: Room) -> None:
+    with victim(made, "slow", 512) as moved:
+        moved.dump()
+        fill = moved.launch()
+        moved.restore()
+        for process in (fill, *workers(fill)):
+            os.kill(process, signal.SIGKILL)
+        status = moved.wait_until_filled()
+        assert status.state is State.FAILED
+        assert "killed" in status.reason
+        assert not moved.members()
+        assert not moved.lines("bad")
+
+
+def test_a_store_without_the_vdso_is_refused(made: Room) -> None:
+    with victim(made, "none", 1) as moved:
+        moved.dump()
+        for file in moved.store.iterdir():
+            os.truncate(file, 0)
+        with pytest.raises(ExecutionError, match="vdso"):
+            moved.restore()
+
+
+def workers(keeper: int) -> list[int]:
+    """Processes that it has forked: the guard is the first, and ends by itself."""
+    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    return [int(pid) for pid in children[1:]]
