@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from agent import arriving_snapshots, examination, oci
+from agent.arriving_memory import ArrivingMemory
 from agent.arriving_snapshots import ArrivingSnapshots
 from agent.assembly import interfaces, volume_name
 from agent.container_records import State
@@ -46,6 +47,8 @@ class Arriving:
         self._paths = managers.runtime.paths(self._name)
         self._folder = managers.migration_folder(request.migration)
         self._restore = HeldRestore(self._folder)
+        cgroup = managers.runtime.cgroup(self._name).freezer
+        self._memory = ArrivingMemory(self._folder, self._restore.images, self._paths.bundle, cgroup)
         self._state = State(container_pb2.ContainerState.Name(request.state).removeprefix("CONTAINER_STATE_").lower())
         self._launch: Launch | None = None
         self._hold: TrafficHold | None = None
@@ -64,6 +67,11 @@ class Arriving:
     def images(self) -> Path:
         """On the run folder's tmpfs."""
         return self._restore.images
+
+    @property
+    def memory(self) -> Path:
+        """A tmpfs of its own."""
+        return self._memory.store
 
     @property
     def log(self) -> Path:
@@ -86,6 +94,9 @@ class Arriving:
             self._folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
             if self._state.is_live:
                 self._prepare_restore()
+                if self._request.memory_bytes:
+                    self._memory.mount(self._request.memory_bytes)
+                    self._memory.launch()
             undo.pop_all()
 
     def _base(self, volume: container_pb2.Volume) -> Path | None:
@@ -102,7 +113,7 @@ class Arriving:
             # CRIU and its hook are in the container's group, too.
             runtime = self._managers.runtime
             freeze = runtime.cgroup(self._name).freeze_command(runtime.monitors)
-        self._restore.prepare(find_program("criu"), self._request.stdio, freeze)
+        self._restore.prepare(find_program("criu"), self._request.stdio, freeze, lazy=self._request.memory_bytes > 0)
         config = oci.config(
             self._name,
             self._spec,
@@ -148,8 +159,12 @@ class Arriving:
         if self._launch is None:
             raise ExecutionError(f"the restore of {self._name} was not prepared")
         began = time.monotonic()
+        if self._request.memory_bytes:
+            self._memory.prepare()
+        prepared = time.monotonic()
         self._restore.restore(self._launch, self._paths.bundle / RESTORE_LOG)
-        return {"restore": (time.monotonic() - began) * 1000}
+        restored = time.monotonic()
+        return {"images": (prepared - began) * 1000, "restore": (restored - prepared) * 1000}
 
     def is_held(self) -> bool:
         """Whether the restored tasks wait for their verdict."""
@@ -174,8 +189,8 @@ class Arriving:
         times = {"connect": connected - began, "resume": resumed - connected, "replay": replayed - resumed}
         return {name: seconds * 1000 for name, seconds in times.items()}
 
-    def settle(self) -> None:
-        """The container is this host's own."""
+    def settle(self) -> bool:
+        """The container is this host's own, and its memory is where it belongs."""
         launch, self._launch = self._launch, None
         if launch is not None:
             launch.result()
@@ -196,11 +211,17 @@ class Arriving:
             )
             if state.is_live:
                 self._managers.assembly.publish(self._name, self._spec)
+        if not self._memory.is_filled():
+            return False
         self._clean_up()
+        return True
 
     def _is_settled(self) -> bool:
-        """Whether the container is this host's own already."""
-        return self._managers.containers.record(self._name).state is not State.ARRIVING
+        """Whether the container is this host's own already, or was and is gone."""
+        try:
+            return self._managers.containers.record(self._name).state is not State.ARRIVING
+        except NotFound:
+            return True
 
     def _is_lost(self) -> bool:
         """Whether there is nothing any more that runs or waits to run."""
@@ -225,6 +246,7 @@ class Arriving:
         self._restore.give_up()
         self._close()
         self._managers.runtime.delete(self._name)
+        self._memory.discard()
         self._managers.containers.unreserve(self._name)
         self._clean_up()
 
@@ -232,6 +254,7 @@ class Arriving:
         self._close()
         (self._paths.bundle / REQUEST).unlink(missing_ok=True)
         (self._paths.bundle / RESTORE_LOG).unlink(missing_ok=True)
+        self._memory.release()
         if self._folder.exists():
             shutil.rmtree(self._folder)
 

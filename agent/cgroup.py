@@ -16,6 +16,8 @@ from pathlib import Path
 
 from migrator.errors import ExecutionError
 
+CPU_PERIOD_US = 100_000
+
 FREEZE_TIMEOUT_S = 5.0
 REMOVE_TIMEOUT_S = 5.0
 POLL_S = 0.001
@@ -168,6 +170,22 @@ class Cgroup:
                     raise
         # A zero is a process of another pid namespace that we cannot name.
         return sorted({pid for pid in found if pid})
+
+    def limit_cpu(self, millis: int) -> None:
+        """Thousandths of a processor that the group may use; 0 is no limit. Nothing if the group is gone."""
+        quota = millis * CPU_PERIOD_US // 1000
+        v1 = self._mounted.controllers.get("cpu")
+        if v1 is not None:
+            self._write(self._at(v1) / "cpu.cfs_quota_us", str(quota or -1))
+        elif self._mounted.unified is not None:
+            self._write(self._at(self._mounted.unified) / "cpu.max", f"{quota or 'max'} {CPU_PERIOD_US}")
+
+    def _write(self, path: Path, value: str) -> None:
+        try:
+            path.write_text(value)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise ExecutionError(f"write {value} to {path}: {error.strerror}") from error
 
     def memory_bytes(self) -> int:
         """Memory charged to the group without cached file pages that are not in use; 0 if it cannot be told."""

@@ -1,11 +1,12 @@
 """A container on its way out: what `migrator.source` asks of this host (`migrator.ports.LeavingContainer`)."""
 
 import json
+import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
@@ -15,16 +16,21 @@ import structlog
 from agent import guard, oci
 from agent.assembly import interfaces, volume_name
 from agent.backlog import Backlog
+from agent.cgroup import Cgroup
 from agent.container_records import Record, Records, State
 from agent.database import Database
+from agent.journal import Incomings
 from agent.managers import Managers
 from agent.network import Networks
-from agent.processes import Process
+from agent.processes import Process, pid_inside
 from agent.runtime import Runtime, find_program
 from blockdev import filesystem, tracker
 from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
+from migrator import memory
 from migrator.criu import Criu, DumpRequest
+from migrator.memory import MemoryTracker
+from migrator.pageless import write_parent
 from migrator.ports import Checkpoint, LeavingVolume
 from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, migration_pb2, peer_pb2
@@ -144,6 +150,10 @@ class Departing:
                 )
         return found
 
+    def is_settled(self) -> bool:
+        """Whether no arrival of it is unfinished."""
+        return all(record.container != self.name for record in Incomings(self._managers.database).unfinished())
+
     def has_ended(self) -> bool:
         """Whether the first process is gone."""
         return not Process(self._record.init_pid, self._record.init_ticks).is_alive()
@@ -161,19 +171,37 @@ class Departing:
             yield writes
 
     @contextmanager
-    def prepare_checkpoint(self) -> Iterator[Checkpoint]:
+    def track_memory(self) -> Iterator[MemoryTracker | None]:
+        """By the best way that this kernel has, if CRIU can be kept from dumping memory."""
+        if self._managers.pageless is None:
+            yield None
+            return
+        method, why = memory.choose()
+        log.info("memory tracker", container=self.name, method=method, why=why)
+        with closing(memory.make(self._cgroup.pids, method)) as tracker:
+            tracker.start()
+            yield tracker
+
+    def pid_inside(self, pid: int) -> int:
+        """See LeavingContainer."""
+        return pid_inside(pid)
+
+    @contextmanager
+    def prepare_checkpoint(self, *, with_memory: bool) -> Iterator[Checkpoint]:
         """A CRIU that waits."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self.images.mkdir(parents=True, mode=0o700)
         (self._folder / CRIU_CONFIGURATION).write_text("file-validation filesize\n")
+        pageless = None if with_memory else self._managers.pageless
+        parent = self._folder / "parent"
         try:
             with (
-                Criu(find_program("criu"), self._managers.runtime.environment()) as criu,
+                Criu(find_program("criu"), self._managers.runtime.environment(), pageless) as criu,
                 closing(Backlog(self.name)) as self._backlog,
             ):
                 _note_criu(self._folder, criu.pid)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
-                yield _Dump(criu, self._request(), self._cgroup.freeze)
+                yield _Dump(criu, self._request(None if pageless is None else parent), self._cgroup)
         finally:
             shutil.rmtree(self._folder)
 
@@ -183,9 +211,15 @@ class Departing:
 
     # -- freeze and undo --------------------------------------------------------------------------------------------
 
+    def throttle(self, share: float | None) -> None:
+        """By the control group's quota."""
+        limit = self.spec.cpu_millis or 1000 * (os.cpu_count() or 1)
+        self._cgroup.limit_cpu(self.spec.cpu_millis if share is None else max(10, int(limit * share)))
+
     def freeze(self) -> None:
         """Every task is stopped on return, and what its kernel still sends no longer draws the traffic back here."""
         with self._between_rehearsals:
+            self.throttle(None)  # a task needs the processor to come to where it stops
             self._cgroup.freeze()
             self._accept_all()
         self._managers.networks.give_way(self.name, interfaces(self.spec))
@@ -275,7 +309,7 @@ class Departing:
     def _mounted(self) -> Sequence[MountedVolume]:
         return self._managers.containers.mounted_volumes(self.name)
 
-    def _request(self) -> DumpRequest:
+    def _request(self, parent: Path | None) -> DumpRequest:
         external = {volume.mount_point: volume.mount_point for volume in self.spec.volumes[1:]}
         external.update({bind.target: bind.target for bind in self.spec.binds})
         root = Path(f"/proc/{self._record.init_pid}/root")
@@ -289,21 +323,24 @@ class Departing:
             freezer=self._cgroup.freezer,
             external_mounts=external,
             network_namespace_inode=self._paths.netns.stat().st_ino,
+            parent=parent,
         )
 
 
 class _Dump:
     """CRIU lets the control group go while it works: it is frozen again before anything else happens."""
 
-    def __init__(self, criu: Criu, request: DumpRequest, freeze: Callable[[], None]) -> None:
+    def __init__(self, criu: Criu, request: DumpRequest, cgroup: Cgroup) -> None:
         self._criu = criu
         self._request = request
-        self._freeze = freeze
+        self._cgroup = cgroup
 
     def dump(self) -> None:
         """Write the images; on return the tasks are stopped by CRIU and by the control group."""
+        if self._request.parent is not None:
+            write_parent(self._request.parent, map(pid_inside, self._cgroup.pids()))
         self._criu.dump(self._request, DUMP_TIMEOUT_S)
-        self._freeze()
+        self._cgroup.freeze()
 
 
 def resume_at_source(name: str, folder: Path, database: Database, runtime: Runtime, networks: Networks) -> None:
@@ -321,8 +358,10 @@ def _resume(record: Record, folder: Path, runtime: Runtime, networks: Networks) 
     paths = runtime.paths(record.name)
     links = interfaces(record.spec)
     with ExitStack() as steps:  # it runs them from the last to the first
+        cgroup = runtime.cgroup(record.name)
+        steps.callback(cgroup.limit_cpu, record.spec.cpu_millis)
         if record.state is not State.PAUSED:
-            steps.callback(runtime.cgroup(record.name).thaw)
+            steps.callback(cgroup.thaw)
         steps.callback(networks.announce, record.name, links)
         steps.callback(networks.connect, record.name, links)
         steps.callback(_await_criu, folder)

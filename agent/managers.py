@@ -12,6 +12,7 @@ from agent.network import Networks
 from agent.runtime import Runtime
 from agent.snapshots import SnapshotKeeper
 from blockdev.volume import VolumeStore
+from migrator.pageless import Pageless
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Managers:
     assembly: Assembly
     containers: Containers
     snapshots: SnapshotKeeper
+    # None where CRIU cannot be kept from dumping memory.
+    pageless: Pageless | None
 
     def migration_folder(self, migration: str) -> Path:
         """Where one migration keeps what is gone after a reboot: CRIU's images, pipes."""

@@ -15,7 +15,8 @@ from agent.departure import Departing
 from agent.journal import Outgoings
 from agent.managers import Managers
 from agent.peers import RemotePeer
-from migrator import recovery
+from migrator import convergence, recovery
+from migrator.convergence import OnNoConverge
 from migrator.errors import Busy, InvalidArgument, NotFound, Precondition
 from migrator.handover import Decision, Outgoing
 from migrator.progress import Progress
@@ -58,9 +59,9 @@ class Migrations:
         host = self._here.host
         if request.destination == host:
             raise InvalidArgument(f"{request.container} is at {host} already", reason="SAME_HOST")
-        if min(request.timeout_ms, request.bandwidth_bytes_per_second) < 0:
-            raise InvalidArgument("a timeout or a bandwidth below zero")
-        options = Options(request.check_only, request.bandwidth_bytes_per_second, request.verify)
+        if min(request.timeout_ms, request.bandwidth_bytes_per_second, request.max_downtime_ms) < 0:
+            raise InvalidArgument("a timeout, a bandwidth or a downtime below zero")
+        options = _options(request)
         with ExitStack() as stack:
             name = f"m-{secrets.token_hex(4)}"
             self._managers.containers.record(request.container)
@@ -285,3 +286,21 @@ class _Store:
     def unfinished(self) -> list[str]:
         ended = (migration_pb2.OUTCOME_UNSPECIFIED, migration_pb2.OUTCOME_UNCERTAIN)
         return [name for name in self.names() if self.get(name).outcome in ended]
+
+
+def _options(request: migration_pb2.CreateMigrationRequest) -> Options:
+    on_no_converge = {
+        migration_pb2.ON_NO_CONVERGE_UNSPECIFIED: OnNoConverge.FREEZE,
+        migration_pb2.ON_NO_CONVERGE_FREEZE: OnNoConverge.FREEZE,
+        migration_pb2.ON_NO_CONVERGE_ABORT: OnNoConverge.ABORT,
+        migration_pb2.ON_NO_CONVERGE_THROTTLE: OnNoConverge.THROTTLE,
+    }.get(request.on_no_converge)
+    if on_no_converge is None:
+        raise InvalidArgument(f"on_no_converge {request.on_no_converge} is unknown to this version")
+    return Options(
+        request.check_only,
+        request.bandwidth_bytes_per_second,
+        request.verify,
+        request.max_downtime_ms / 1000 or convergence.DEFAULT_DOWNTIME_S,
+        on_no_converge,
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import seccomp
+from agent.cgroup import CPU_PERIOD_US
 from agent.rootfs import User
 from migrator.errors import InvalidArgument
 from migrator.v1.container_pb2 import ContainerSpec
@@ -17,7 +18,6 @@ from migrator.v1.container_pb2 import ContainerSpec
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OPEN_FILES = 1 << 20
 SHM_BYTES = 64 << 20
-CPU_PERIOD_US = 100_000
 DEFAULT_COMMAND = ("/sbin/init",)
 
 DEFAULT_CAPABILITIES = frozenset({

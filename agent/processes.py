@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrator.memory import ProcessGone
+
 
 @dataclass(frozen=True)
 class Process:
@@ -67,6 +69,15 @@ def parent(pid: int) -> int:
     """The parent's pid, 0 if the process is gone or its parent is outside our pid namespace."""
     fields = _stat(pid)
     return 0 if fields is None else int(fields[1])
+
+
+def pid_inside(pid: int) -> int:
+    """The pid that a process has in the innermost of its pid namespaces. Raises ProcessGone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessGone(f"process {pid} has ended") from error
+    return int(next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1])
 
 
 def command(pid: int) -> str:

@@ -24,7 +24,7 @@ from migrator.errors import ExecutionError
 from migrator.images import last_errors
 
 WARM_TIMEOUT_S = 20.0
-HELD_TIMEOUT_S = 120.0
+HELD_TIMEOUT_S = 20.0
 RUN_TIMEOUT_S = 30.0
 TELL_TIMEOUT_S = 1.0
 
@@ -88,15 +88,19 @@ class HeldRestore:
         self._folder = folder
         self._said = -1
 
-    def prepare(self, criu: str, stdio: Sequence[str], freeze: str) -> None:
-        """Write everything. `freeze` is a shell command for the moment before the tasks run, `:` for none."""
+    def prepare(self, criu: str, stdio: Sequence[str], freeze: str, *, lazy: bool) -> None:
+        """Write everything. `freeze` is a shell command for the moment before the tasks run, `:` for none.
+
+        `lazy`: a fill (`migrator.fill`) waits in the work directory.
+        """
         for folder in (self._folder, self.images, self.programs):
             folder.mkdir(parents=True, mode=0o700)
         quoted = shlex.quote(str(self._folder))
         hook = self._folder / "hook"
         _write_script(self.programs / "criu", _STAND_IN.format(folder=quoted, criu=shlex.quote(criu)))
         _write_script(hook, _HOOK.format(folder=quoted, freeze=freeze))
-        self.configuration.write_text(_CRIU_CONFIGURATION.format(hook=hook))
+        lines = _CRIU_CONFIGURATION.format(hook=hook) + ("lazy-pages\n" if lazy else "")
+        self.configuration.write_text(lines)
         (self.images / "descriptors.json").write_text(json.dumps(list(stdio)))
         for name in ("said", "go", "verdict"):
             os.mkfifo(self._folder / name, 0o600)

@@ -31,7 +31,7 @@ from agent.migrations import Migrations
 from agent.network import Networks
 from agent.peers import ask_source
 from agent.periodic import Periodic
-from agent.runtime import Runtime
+from agent.runtime import Runtime, find_program
 from agent.server import Service
 from agent.services.containers import ContainerService
 from agent.services.hosts import HostService
@@ -44,7 +44,10 @@ from agent.snapshots import SnapshotKeeper, Snapshots
 from agent.volumes import Volumes
 from blockdev import pool
 from blockdev.volume import VolumeStore
+from migrator import pageless
 from migrator.destination import Arrivals
+from migrator.errors import MigratorError
+from migrator.pageless import Pageless
 from migrator.source import Here
 from migrator.v1 import (
     container_pb2_grpc,
@@ -155,7 +158,17 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
     containers = Containers(database, runtime, assembly, image_store, Assignment(config), keeper)
     resources.callback(containers.close)
     managers = Managers(
-        config, config_file, database, runtime, volumes, image_store, networks, assembly, containers, keeper
+        config,
+        config_file,
+        database,
+        runtime,
+        volumes,
+        image_store,
+        networks,
+        assembly,
+        containers,
+        keeper,
+        find_pageless(config, runtime),
     )
     here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
     incomings = Incomings(database)
@@ -171,3 +184,12 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         arrival_host=arrival_host,
         incomings=incomings,
     )
+
+
+def find_pageless(config: Config, runtime: Runtime) -> Pageless | None:
+    """Whether CRIU here can be kept from dumping memory; tried each time, since CRIU may have been replaced."""
+    try:
+        return pageless.probe(find_program("criu"), runtime.environment(), config.run_dir / "pageless")
+    except MigratorError as error:
+        log.warning("CRIU dumps all memory while a container stands still", reason=str(error))
+        return None

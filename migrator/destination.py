@@ -22,6 +22,7 @@ from migrator import faults, verify
 from migrator.errors import Busy, ExecutionError, MigratorError, NotFound, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
+from migrator.memory_copy import ADDRESS_END
 from migrator.numbered import Inbound
 from migrator.ports import ArrivalHost, Reservation
 from migrator.stream import Digests, Receiver
@@ -33,6 +34,8 @@ SILENCE_S = 3.0
 GIVE_UP_S = 30.0
 # A stream that the source has broken off, or that its silence has ended, is over by then.
 STREAM_END_S = 10.0
+# Of a container that may have been another's pid before each; each has a file open here.
+MAX_PROCESSES = 8192
 
 FAILURES = (MigratorError, BlockError, OSError)
 
@@ -57,6 +60,7 @@ class Arrival:
         self._streams = 0
         self._streams_ended = threading.Condition(self._lock)
         self._volumes: dict[str, tuple[int, int]] = {}
+        self._memory: dict[str, int] = {}
         self._stack = ExitStack()
 
     # -- what the source asks for -----------------------------------------------------------------------------------
@@ -255,8 +259,8 @@ class Arrival:
         answer.total_ms = (time.monotonic() - arrived) * 1000
 
     def _settle(self) -> None:
-        self._reservation.settle()
-        self._finish()
+        if self._reservation.settle():
+            self._finish()
 
     def _refuse(self, why: str) -> None:
         if self.record.stage is not Stage.REFUSED:
@@ -286,6 +290,7 @@ class Arrival:
 
     def _close_volumes(self) -> None:
         self._volumes.clear()
+        self._memory.clear()
         self._stack.close()
 
     def _expect(self, stage: Stage) -> None:
@@ -303,6 +308,8 @@ class Arrival:
             blocks.write(descriptor, self._receiver.piece(request), size)
         elif kind == "snapshot":
             self._reservation.write_snapshot(name, self._receiver.piece(request))
+        elif kind == "memory" and self._live and name.isdecimal():
+            blocks.write(self._memory_file(name), self._receiver.piece(request), ADDRESS_END)
         elif kind == "image" and self._live:
             write_file(self._reservation.images, name, self._receiver.piece(request))
         elif request.target == "log":
@@ -310,6 +317,17 @@ class Arrival:
             write_file(log_file.parent, log_file.name, self._receiver.piece(request))
         else:
             raise PeerError(f"{request.target!r} is nothing that is expected here", reason="OUT_OF_ORDER")
+
+    def _memory_file(self, pid: str) -> int:
+        with self._lock:
+            if pid not in self._memory:
+                if len(self._memory) >= MAX_PROCESSES:
+                    raise PeerError(f"memory of more than {MAX_PROCESSES} processes")
+                path = self._reservation.memory / f"mem-{int(pid)}"
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                self._stack.callback(os.close, descriptor)
+                self._memory[pid] = descriptor
+            return self._memory[pid]
 
 
 class Arrivals:

@@ -1,17 +1,16 @@
 """The disk's share of a migration at the source: everything allocated once, then rounds over what was written."""
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockdev import blocks, extents, filesystem
+from blockdev.blocks import Piece
 from blockdev.extents import Range
 from blockdev.tracker import WriteTracker
-from migrator import rounds, verify
+from migrator import verify
 from migrator.ports import LeavingContainer, LeavingVolume
-from migrator.rounds import Round
 from migrator.stream import Sender
 from migrator.v1 import peer_pb2
 from migrator.verify import BLOCK_BYTES, Chunks
@@ -29,6 +28,12 @@ class _Copy:
     descriptor: int
     image: int
     tracker: WriteTracker | None
+    # Collected and not yet sent.
+    left: list[Range] = field(default_factory=list)
+
+    def read(self, ranges: Iterable[Range]) -> Iterator[Piece]:
+        """What is in the ranges now."""
+        return blocks.read(self.descriptor, ranges, image=self.image)
 
     def dirty(self) -> list[Range]:
         """Written since it was asked last. Cleared first and read afterwards, so a write in between is sent again."""
@@ -48,33 +53,31 @@ class DiskCopy:
             stack.callback(os.close, image)
             self._copies.append(_Copy(f"volume/{index}", volume, descriptor, image, tracker))
 
-    def run_rounds(
-        self, send: Callable[[Requests], None], sender: Sender, bases: Mapping[str, Chunks], waiting: Callable[[], int]
-    ) -> list[Round]:
-        """The first pass over everything allocated, and rounds while they shrink. What is left is for `last`.
-
-        `bases` are the blocks that targets hold at the destination already; `waiting` tells how many bytes the
-        container has written that are still to come to its volumes.
-        """
+    def first_pass(self, sender: Sender, bases: Mapping[str, Chunks]) -> Requests:
+        """Everything allocated. `bases` are the blocks that targets hold at the destination already."""
         self.sync()
-        ranges = [allocated(copy.volume) for copy in self._copies]
-        requests = self._first_pass(sender, ranges, bases)
-        done: list[Round] = []
-        while True:
-            began = time.monotonic()
-            send(requests)
-            done.append(Round(sum(map(extents.total, ranges)), time.monotonic() - began))
-            self.sync()
-            self._left = [copy.dirty() for copy in self._copies]
-            if not rounds.another(done, sum(map(extents.total, self._left)) + waiting()):
-                return done
-            ranges = self._left
-            requests = self._requests(sender, ranges)
+        for copy in self._copies:
+            ranges = allocated(copy.volume)
+            if base := bases.get(copy.target):
+                size = copy.volume.size_bytes
+                known = (Range(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in base)
+                pieces = copy.read(verify.widened([*ranges, *known], size))
+                yield from sender.requests(copy.target, verify.differing(pieces, base))
+            else:
+                yield from sender.requests(copy.target, copy.read(ranges))
 
-    def last(self, sender: Sender) -> Requests:
-        """What `run_rounds` has left and what was written since; to be called with the file systems frozen."""
-        ranges = [extents.merge([*left, *copy.dirty()]) for left, copy in zip(self._left, self._copies, strict=True)]
-        return self._requests(sender, ranges)
+    def collect(self) -> int:
+        """Look at what was written since the last time. Returns the bytes that `requests` would send now."""
+        for copy in self._copies:
+            copy.left[:] = extents.merge([*copy.left, *copy.dirty()])
+        return sum(extents.total(copy.left) for copy in self._copies)
+
+    def requests(self, sender: Sender) -> Requests:
+        """All that was collected and not yet sent."""
+        for copy in self._copies:
+            ranges = list(copy.left)
+            copy.left.clear()
+            yield from sender.requests(copy.target, copy.read(ranges))
 
     def sync(self) -> None:
         """Flush the file systems' dirty pages, so that freezing them has little to write."""
@@ -92,24 +95,6 @@ class DiskCopy:
         for copy in self._copies:
             found = verify.digests(copy.descriptor, copy.image, copy.volume.size_bytes, verify.CHUNK_BYTES)
             yield copy.target, dict(found)
-
-    def _first_pass(self, sender: Sender, ranges: Sequence[Sequence[Range]], bases: Mapping[str, Chunks]) -> Requests:
-        for copy, allocated_ranges in zip(self._copies, ranges, strict=True):
-            base = bases.get(copy.target)
-            if not base:
-                yield from sender.requests(
-                    copy.target, blocks.read(copy.descriptor, allocated_ranges, image=copy.image)
-                )
-                continue
-            size = copy.volume.size_bytes
-            known = (Range(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in base)
-            wanted = verify.widened([*allocated_ranges, *known], size)
-            pieces = blocks.read(copy.descriptor, wanted, image=copy.image)
-            yield from sender.requests(copy.target, verify.differing(pieces, base))
-
-    def _requests(self, sender: Sender, ranges: Sequence[Sequence[Range]]) -> Requests:
-        for copy, wanted in zip(self._copies, ranges, strict=True):
-            yield from sender.requests(copy.target, blocks.read(copy.descriptor, wanted, image=copy.image))
 
 
 def allocated(volume: LeavingVolume) -> list[Range]:

@@ -91,6 +91,13 @@ class RolledBack(MigratorError):
     exit_code = Exit.ROLLED_BACK
 
 
+class NotConverged(RolledBack):
+    """The container writes faster than it can be sent, and may not stand still for as long as that would take."""
+
+    reason = "NOT_CONVERGED"
+    exit_code = Exit.NOT_CONVERGED
+
+
 class Uncertain(MigratorError):
     """The handover was begun and the other end does not answer: an operator has to look."""
 

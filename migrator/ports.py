@@ -11,6 +11,7 @@ from typing import Protocol
 
 from blockdev.blocks import Piece
 from blockdev.tracker import WriteTracker
+from migrator.memory import MemoryTracker
 from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, peer_pb2
 
@@ -70,10 +71,19 @@ class LeavingContainer(Protocol):
 
     def track_writes(self, volume: LeavingVolume) -> AbstractContextManager[WriteTracker]: ...
 
-    def prepare_checkpoint(self) -> AbstractContextManager[Checkpoint]: ...
+    def track_memory(self) -> AbstractContextManager[MemoryTracker | None]:
+        """A tracker that has begun, or None where memory has to be dumped by CRIU. Raises Untrackable."""
+
+    def pid_inside(self, pid: int) -> int:
+        """The pid that a process of the container has in the container. Raises ProcessGone."""
+
+    def prepare_checkpoint(self, *, with_memory: bool) -> AbstractContextManager[Checkpoint]: ...
 
     def guard(self, migration: str) -> AbstractContextManager[None]:
         """A process beside the agent: if the agent dies in this context, it aborts what is not released and resumes."""
+
+    def throttle(self, share: float | None) -> None:
+        """Let it use this part of the processor time that it may use; None: all of it. Repeatable."""
 
     def freeze(self) -> None:
         """Freeze the control group and wait until every task is frozen."""
@@ -92,6 +102,9 @@ class LeavingContainer(Protocol):
 
     def resume(self) -> None:
         """Undo the freeze from wherever it is: volumes, links, tasks. Repeatable; one paused before stays paused."""
+
+    def is_settled(self) -> bool:
+        """Whether an earlier migration to this host has nothing left to do for it."""
 
     def has_ended(self) -> bool:
         """Whether the first process is gone."""
@@ -115,6 +128,10 @@ class Reservation(Protocol):
 
     @property
     def images(self) -> Path: ...
+
+    @property
+    def memory(self) -> Path:
+        """A folder on a tmpfs: in it a file `mem-PID` for each process, with its pages at their addresses."""
 
     @property
     def log(self) -> Path: ...
@@ -146,8 +163,11 @@ class Reservation(Protocol):
         Repeatable. Returns milliseconds by step.
         """
 
-    def settle(self) -> None:
-        """After the handover: register the container as this host's own and delete what the migration needed."""
+    def settle(self) -> bool:
+        """After the handover: register the container as this host's own and delete what the migration needed.
+
+        False as long as its memory is still being filled in: then this has to be called again.
+        """
 
     def discard(self) -> None:
         """Kill and delete everything; repeatable, and right at any moment before `run`."""

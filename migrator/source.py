@@ -16,13 +16,15 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import disk, faults, recovery, snapshots, verify
+from migrator import convergence, disk, faults, recovery, snapshots, verify
+from migrator.convergence import Next, OnNoConverge, Round
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import (
     Cancelled,
     ExecutionError,
     MigratorError,
+    NotConverged,
     PeerError,
     Precondition,
     RolledBack,
@@ -31,6 +33,8 @@ from migrator.errors import (
 )
 from migrator.files import read_file
 from migrator.handover import Decision, HandoverError, OutgoingJournal, Stage
+from migrator.memory import Moment
+from migrator.memory_copy import MemoryCopy
 from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
 from migrator.snapshots import SnapshotCopy
@@ -41,6 +45,7 @@ FEATURES = ("send-v1", snapshots.FEATURE)
 # How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
 ANSWER_PATIENCE_S = 15.0
 ANSWER_RETRY_S = 0.5
+SETTLE_POLL_S = 0.05
 FAILURES = (MigratorError, BlockError, OSError)
 
 log = structlog.get_logger()
@@ -53,6 +58,8 @@ class Options:
     check_only: bool = False
     bandwidth_bytes_per_s: int = 0
     verify: bool = False
+    max_downtime_s: float = convergence.DEFAULT_DOWNTIME_S
+    on_no_converge: OnNoConverge = OnNoConverge.FREEZE
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,15 @@ class Here:
     kernel: str
     cpu_flags: Sequence[str]
     criu_version: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """`has_base`: the destination has the first volume's image. `memory` is None where CRIU dumps it."""
+
+    has_base: bool
+    memory: MemoryCopy | None
+    checkpoint: Checkpoint | None
 
 
 class DestinationRefused(RolledBack):
@@ -134,14 +150,14 @@ class Departure:
         with ExitStack() as undo:
             try:
                 with phase("prepare"):
-                    has_base, checkpoint = self._prepare(undo)
+                    prepared = self._prepare(undo)
                 with phase("precopy"):
-                    copy = self._precopy(undo, has_base)
+                    copy = self._precopy(undo, prepared)
                     rehearsal = undo.enter_context(self._rehearse())
                 with phase("freeze"):
-                    self._freeze(undo, checkpoint, rehearsal)
+                    self._freeze(undo, prepared.checkpoint, rehearsal)
                 with phase("final"):
-                    self._final(copy)
+                    self._final(copy, prepared.memory)
                 with phase("restore"):
                     self._restore()
                 self._progress.commit()
@@ -180,10 +196,12 @@ class Departure:
             raise Precondition("; ".join(o.message for o in objections), reason=objections[0].reason)
         return answer.last_epoch
 
-    def _prepare(self, undo: ExitStack) -> tuple[bool, Checkpoint | None]:
-        """Whether the destination has the first volume's image, and the CRIU that waits."""
+    def _prepare(self, undo: ExitStack) -> _Prepared:
         container = self._container
         undo.callback(self._close)
+        while not container.is_settled():
+            self._progress.check()
+            time.sleep(SETTLE_POLL_S)
         prepared = self._peer.prepare(
             peer_pb2.PrepareRequest(
                 migration=self._name,
@@ -196,33 +214,77 @@ class Departure:
                 create_time_ms=container.create_time_ms,
                 start_time_ms=container.start_time_ms,
                 snapshots=self._snapshots.described,
+                memory_bytes=container.memory_bytes if self._live else 0,
             )
         )
         faults.point("source.prepare")
         if not self._live:
-            return prepared.has_base, None
+            return _Prepared(prepared.has_base, None, None)
         undo.enter_context(container.guard(self._name))
         undo.callback(self._resume)
-        return prepared.has_base, undo.enter_context(container.prepare_checkpoint())
+        tracker = undo.enter_context(container.track_memory())
+        memory = MemoryCopy(tracker, container.pid_inside) if tracker else None
+        checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))
+        return _Prepared(prepared.has_base, memory, checkpoint)
 
-    def _precopy(self, undo: ExitStack, has_base: bool) -> DiskCopy:
-        """The disk, and the log so far, while the container runs."""
-        container = self._container
+    def _precopy(self, undo: ExitStack, prepared: _Prepared) -> DiskCopy:
+        """The disk, the memory, and the log so far, while the container runs."""
+        container, peer, memory = self._container, self._peer, prepared.memory
         copy = DiskCopy(container, undo)
         sender = self._sender()
-        has_bases = [*container.volumes][: 1 if has_base else 0]
+        has_bases = [*container.volumes][: 1 if prepared.has_base else 0]
         if container.snapshots:
             self._send_snapshots(sender)
             has_bases = [*container.volumes]
         bases = {}
         for index, volume in enumerate(has_bases):
             target = f"volume/{index}"
-            runs = self._peer.digest_volume(self._name, self._epoch, target, verify.BLOCK_BYTES)
+            runs = peer.digest_volume(self._name, self._epoch, target, verify.BLOCK_BYTES)
             bases[target] = verify.chunks(runs, volume.size_bytes, verify.BLOCK_BYTES)
-        copy.run_rounds(self._peer.send, sender, bases, lambda: container.unwritten_bytes)
-        self._peer.send(self._log(sender))
+        peer.send(copy.first_pass(sender, bases))
+        peer.send(self._log(sender))
+        self._converge(undo, copy, memory, sender)
         faults.point("source.precopy")
         return copy
+
+    def _converge(self, undo: ExitStack, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> None:
+        """Rounds until what is left fits the time that the container may stand still, or as the operator wants it."""
+        container, options = self._container, self._options
+        shares = iter(convergence.CPU_SHARES)
+
+        def look() -> int:
+            copy.sync()
+            return copy.collect() + container.unwritten_bytes + (memory.collect() if memory else 0)
+
+        done: list[Round] = []
+        left = look()
+        while (step := convergence.decide(done, left, options.max_downtime_s)) is not Next.FREEZE:
+            if step is Next.STUCK:
+                log.info("does not converge", container=container.name, rounds=len(done), left_bytes=left)
+                if options.on_no_converge is OnNoConverge.FREEZE:
+                    return
+                share = next(shares, None) if options.on_no_converge is OnNoConverge.THROTTLE else None
+                if share is None:
+                    seconds = convergence.standstill_s(done, left)
+                    raise NotConverged(
+                        f"{container.name} writes faster than it can be sent: after {len(done)} rounds what is left "
+                        f"would keep it still for {seconds:.1f} s. Allow that with --max-downtime or --on-no-converge "
+                        "freeze, slow it down with --on-no-converge throttle, or try when it is less busy"
+                    )
+                if share == convergence.CPU_SHARES[0]:
+                    undo.callback(container.throttle, None)
+                container.throttle(share)
+                done.clear()
+            began = time.monotonic()
+            self._peer.send(self._round(copy, memory, sender))
+            seconds, sent = time.monotonic() - began, left
+            left = look()
+            done.append(Round(sent, seconds, left))
+
+    def _round(self, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
+        yield from copy.requests(sender)
+        if memory:
+            yield from memory.requests(sender)
 
     def _send_snapshots(self, sender: Sender) -> None:
         """Afterwards each volume there is what it was when the current one was taken."""
@@ -258,14 +320,19 @@ class Departure:
             undo.callback(container.thaw_volumes)
             container.freeze_volumes()
 
-    def _final(self, copy: DiskCopy) -> None:
+    def _final(self, copy: DiskCopy, memory: MemoryCopy | None) -> None:
         sender = self._sender()
+        copy.collect()
+        if memory:
+            with self._progress.step("collect"):
+                memory.collect(Moment.LAST)
 
         def requests() -> Iterator[peer_pb2.SendRequest]:
-            yield from copy.last(sender)
+            yield from self._round(copy, memory, sender)
             if self._live:
                 for image in sorted(self._container.images.iterdir()):
-                    yield from sender.requests(f"image/{image.name}", read_file(image))
+                    if not image.is_symlink():  # to the parent
+                        yield from sender.requests(f"image/{image.name}", read_file(image))
             yield from self._log(sender)
 
         self._peer.send(requests())
@@ -389,7 +456,7 @@ class Departure:
         content = self._meter.content_bytes
         copied = content.get("volume", 0) + content.get("snapshot", 0)
         self._progress.sent(
-            memory=content.get("image", 0),
+            memory=content.get("memory", 0) + content.get("image", 0),
             disk=copied,
             wire=self._meter.wire_bytes,
             part=copied / self._planned_bytes if self._planned_bytes else 1.0,

@@ -24,6 +24,7 @@ _CODES: tuple[tuple[type[MigratorError], int], ...] = (
     (errors.Busy, code_pb2.ABORTED),
     (errors.Unreachable, code_pb2.UNAVAILABLE),
     (errors.PermissionDenied, code_pb2.PERMISSION_DENIED),
+    (errors.NotConverged, code_pb2.ABORTED),
     (errors.RolledBack, code_pb2.ABORTED),
     (errors.Uncertain, code_pb2.UNKNOWN),
     (errors.Cancelled, code_pb2.CANCELLED),

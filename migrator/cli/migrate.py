@@ -25,6 +25,19 @@ SNAPSHOTS = {
     "--timeout", type=TIME_LIMIT_MS, metavar="DURATION", help="Roll back if it takes longer, for example 60s."
 )
 @click.option("--bandwidth", type=RATE, metavar="RATE", help="Limit on all that is sent, for example 2Gbit/s.")
+@click.option(
+    "--max-downtime",
+    type=TIME_LIMIT_MS,
+    metavar="DURATION",
+    help="Stop the container when it would stand still for less; 100ms if not given.",
+)
+@click.option(
+    "--on-no-converge",
+    type=click.Choice(["freeze", "abort", "throttle"]),
+    default="freeze",
+    show_default=True,
+    help="If it writes faster than it can be sent: stop it all the same, roll back, or slow it down.",
+)
 @click.option("--verify", is_flag=True, help="Compare whole volumes while it stands still; roll back if they differ.")
 @click.option(
     "--with-snapshots/--without-snapshots",
@@ -42,6 +55,8 @@ def command(
     check_only: bool,
     timeout: int | None,
     bandwidth: int | None,
+    max_downtime: int | None,
+    on_no_converge: str,
     verify: bool,
     snapshots: bool | None,
     detach: bool,
@@ -73,6 +88,8 @@ def command(
         timeout_ms=timeout or 0,
         bandwidth_bytes_per_second=bandwidth or 0,
         verify=verify,
+        max_downtime_ms=max_downtime or 0,
+        on_no_converge=f"ON_NO_CONVERGE_{on_no_converge.upper()}",
         snapshots=SNAPSHOTS[snapshots],
     )
     if detach:

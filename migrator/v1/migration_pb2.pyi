@@ -27,6 +27,13 @@ class SnapshotHandling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SNAPSHOT_HANDLING_UNSPECIFIED: _ClassVar[SnapshotHandling]
     SNAPSHOT_HANDLING_MOVE: _ClassVar[SnapshotHandling]
     SNAPSHOT_HANDLING_DROP: _ClassVar[SnapshotHandling]
+
+class OnNoConverge(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_NO_CONVERGE_UNSPECIFIED: _ClassVar[OnNoConverge]
+    ON_NO_CONVERGE_FREEZE: _ClassVar[OnNoConverge]
+    ON_NO_CONVERGE_ABORT: _ClassVar[OnNoConverge]
+    ON_NO_CONVERGE_THROTTLE: _ClassVar[OnNoConverge]
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_MIGRATED: Outcome
 OUTCOME_ROLLED_BACK: Outcome
@@ -39,6 +46,10 @@ OUTCOME_TIMED_OUT: Outcome
 SNAPSHOT_HANDLING_UNSPECIFIED: SnapshotHandling
 SNAPSHOT_HANDLING_MOVE: SnapshotHandling
 SNAPSHOT_HANDLING_DROP: SnapshotHandling
+ON_NO_CONVERGE_UNSPECIFIED: OnNoConverge
+ON_NO_CONVERGE_FREEZE: OnNoConverge
+ON_NO_CONVERGE_ABORT: OnNoConverge
+ON_NO_CONVERGE_THROTTLE: OnNoConverge
 
 class Phase(_message.Message):
     __slots__ = ("name", "start_ms", "duration_ms", "steps")
@@ -105,13 +116,15 @@ class Migration(_message.Message):
     def __init__(self, name: _Optional[str] = ..., container: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., downtime_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., bytes: _Optional[_Union[Bytes, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., where_running: _Optional[str] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[float] = ...) -> None: ...
 
 class CreateMigrationRequest(_message.Message):
-    __slots__ = ("container", "destination", "check_only", "timeout_ms", "bandwidth_bytes_per_second", "verify", "snapshots")
+    __slots__ = ("container", "destination", "check_only", "timeout_ms", "bandwidth_bytes_per_second", "verify", "max_downtime_ms", "on_no_converge", "snapshots")
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     CHECK_ONLY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    MAX_DOWNTIME_MS_FIELD_NUMBER: _ClassVar[int]
+    ON_NO_CONVERGE_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     container: str
     destination: str
@@ -119,8 +132,10 @@ class CreateMigrationRequest(_message.Message):
     timeout_ms: int
     bandwidth_bytes_per_second: int
     verify: bool
+    max_downtime_ms: int
+    on_no_converge: OnNoConverge
     snapshots: SnapshotHandling
-    def __init__(self, container: _Optional[str] = ..., destination: _Optional[str] = ..., check_only: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., bandwidth_bytes_per_second: _Optional[int] = ..., verify: _Optional[bool] = ..., snapshots: _Optional[_Union[SnapshotHandling, str]] = ...) -> None: ...
+    def __init__(self, container: _Optional[str] = ..., destination: _Optional[str] = ..., check_only: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., bandwidth_bytes_per_second: _Optional[int] = ..., verify: _Optional[bool] = ..., max_downtime_ms: _Optional[int] = ..., on_no_converge: _Optional[_Union[OnNoConverge, str]] = ..., snapshots: _Optional[_Union[SnapshotHandling, str]] = ...) -> None: ...
 
 class CreateMigrationResponse(_message.Message):
     __slots__ = ("migration",)

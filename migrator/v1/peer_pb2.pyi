@@ -80,7 +80,7 @@ class ExamineResponse(_message.Message):
     def __init__(self, host: _Optional[str] = ..., objections: _Optional[_Iterable[_Union[Objection, _Mapping]]] = ..., kernel: _Optional[str] = ..., criu_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., last_epoch: _Optional[int] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("migration", "epoch", "container", "spec", "state", "stdio", "features", "create_time_ms", "start_time_ms", "snapshots")
+    __slots__ = ("migration", "epoch", "container", "spec", "state", "stdio", "features", "create_time_ms", "start_time_ms", "snapshots", "memory_bytes")
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class PrepareRequest(_message.Message):
     CREATE_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     START_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     migration: str
     epoch: int
     container: str
@@ -101,7 +102,8 @@ class PrepareRequest(_message.Message):
     create_time_ms: int
     start_time_ms: int
     snapshots: _containers.RepeatedCompositeFieldContainer[PeerSnapshot]
-    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[_container_pb2.ContainerState, str]] = ..., stdio: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ..., create_time_ms: _Optional[int] = ..., start_time_ms: _Optional[int] = ..., snapshots: _Optional[_Iterable[_Union[PeerSnapshot, _Mapping]]] = ...) -> None: ...
+    memory_bytes: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., container: _Optional[str] = ..., spec: _Optional[_Union[_container_pb2.ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[_container_pb2.ContainerState, str]] = ..., stdio: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ..., create_time_ms: _Optional[int] = ..., start_time_ms: _Optional[int] = ..., snapshots: _Optional[_Iterable[_Union[PeerSnapshot, _Mapping]]] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class PeerSnapshot(_message.Message):
     __slots__ = ("name", "parent", "base", "create_time_ms", "is_current", "volumes")

@@ -28,6 +28,7 @@ from tests.fakes.ends import (
     Died,
     FakeArrivalHost,
     FakeLeaving,
+    FakeMemory,
     Fault,
     FaultyIncomings,
     FaultyOutgoings,
@@ -171,6 +172,13 @@ def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "conta
         (made,) = pair.host.reservations.values()
         assert made.volumes[0].read_bytes() == pair.container.image.read_bytes()
         assert made.log.read_text() == "a line\n"
+        if state == LIVE:
+            with (made.memory / "mem-7").open("rb") as memory:
+                one, other = FakeMemory.pages
+                memory.seek(one.start)
+                assert memory.read(one.length) == b"m" * one.length
+                memory.seek(other.start)
+                assert not any(memory.read(other.length))
         migration = progress.snapshot()
         assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_MIGRATED, "b")
 

@@ -6,7 +6,7 @@ after, and what is raised. What exists at a host is a set of words, so that a te
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from migrator.destination import Arrivals
 from migrator.errors import ExecutionError, Unreachable
 from migrator.files import write_file
 from migrator.handover import Incoming, Outgoing, Stage
+from migrator.memory import Collected, Gone, Moment, ObjectKey, ProcessChange, ProcessKey
 from migrator.numbered import Outbound
 from migrator.ports import LeavingVolume
 from migrator.snapshots import LeavingSnapshot
@@ -103,6 +104,43 @@ class FakeTracker:
         pass
 
 
+class FakeMemory:
+    """One process (`migrator.memory.MemoryTracker`): two pages, of which one is written again and the other goes."""
+
+    name = "fake"
+    needs_pause = False
+    # No machine has a process of this pid.
+    process = ProcessKey(1 << 23, 1)
+    pages = (Range(4096, 8192), Range(1 << 40, (1 << 40) + 4096))
+
+    def __init__(self) -> None:
+        one, other = self.pages
+        self._looks = [
+            ProcessChange(self.process, [one], [other], True),
+            ProcessChange(self.process, [*self.pages], [], True),
+        ]
+
+    def start(self) -> None:
+        pass
+
+    def collect(self, moment: Moment = Moment.RUNNING) -> Collected:
+        return Collected([self._looks.pop()] if self._looks else [])
+
+    def drain(self, seconds: float = 1.0) -> list[str]:
+        return []
+
+    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+        for part in ranges:
+            is_gone = part == self.pages[1] and not self._looks
+            yield Gone(part.start, part.end) if is_gone else Piece(part.start, part.length, b"m" * part.length)
+
+    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+        raise AssertionError("there is none")
+
+    def close(self) -> None:
+        pass
+
+
 class FakeLeaving:
     """A container at the source (`migrator.ports.LeavingContainer`)."""
 
@@ -157,7 +195,18 @@ class FakeLeaving:
             pass
 
     @contextmanager
-    def prepare_checkpoint(self) -> Iterator["FakeLeaving"]:
+    def track_memory(self) -> Iterator[FakeMemory]:
+        with self._call("source.track memory"):
+            pass
+        yield FakeMemory()
+        with self._call("source.untrack memory"):
+            pass
+
+    def pid_inside(self, pid: int) -> int:
+        return 7
+
+    @contextmanager
+    def prepare_checkpoint(self, *, with_memory: bool) -> Iterator["FakeLeaving"]:
         with self._call("source.checkpoint"):
             pass
         self.images.mkdir()
@@ -191,6 +240,9 @@ class FakeLeaving:
             with self._call("source.stand down"):
                 pass
 
+    def throttle(self, share: float | None) -> None:
+        raise AssertionError("nothing here writes fast")
+
     def freeze(self) -> None:
         with self._call("source.freeze"):
             self.frozen = True
@@ -220,6 +272,9 @@ class FakeLeaving:
         with self._call("source.resume"):
             self.frozen = self.disconnected = self.fs_frozen = False
             self._update()
+
+    def is_settled(self) -> bool:
+        return True
 
     def has_ended(self) -> bool:
         return False
@@ -277,6 +332,10 @@ class FakeReservation:
         return self._folder / "images"
 
     @property
+    def memory(self) -> Path:
+        return self._folder
+
+    @property
     def log(self) -> Path:
         return self._folder / "log"
 
@@ -322,10 +381,11 @@ class FakeReservation:
             self._world.check()
         return {"resume": 1.0}
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         with self._call("destination.settle"):
             self.owned = True
             self.left.clear()
+        return True
 
     def discard(self) -> None:
         with self._call("destination.discard"):

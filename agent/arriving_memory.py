@@ -1,0 +1,93 @@
+"""The memory of an arriving container: where its pages wait, and the fill that maps them in while it runs."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import structlog
+
+from agent.processes import Process
+from migrator.errors import ExecutionError
+from migrator.fill import images as fill_images
+from migrator.fill import launch
+from migrator.fill.keeper import Places
+from migrator.fill.status import State, Status
+
+# Beside the pages: what is sent twice before it is known to be gone, and the file system's own.
+SLACK_PART = 1.25
+SLACK_BYTES = 256 << 20
+END_S = 5.0
+
+log = structlog.get_logger()
+
+
+class ArrivingMemory:
+    """A tmpfs of its own, since the run folder's may be small, and a fill; repeatable throughout.
+
+    `work` is where CRIU looks for the fill's socket. `images` are CRIU's. `cgroup` holds the container's processes.
+    """
+
+    def __init__(self, folder: Path, images: Path, work: Path, cgroup: Path) -> None:
+        self.store = folder / "memory"
+        self._places = Places(images, self.store, work, folder / "fill.json", [cgroup])
+        self._process = folder / "fill.pid"
+        self._launched: subprocess.Popen[bytes] | None = None
+
+    def mount(self, memory_bytes: int) -> None:
+        """Make room for so much. Raises ExecutionError."""
+        self.store.mkdir(mode=0o700)
+        size = int(memory_bytes * SLACK_PART) + SLACK_BYTES
+        options = f"size={size},mode=0700,nosuid,nodev,noexec"
+        _run(["mount", "-t", "tmpfs", "-o", options, "migrator", str(self.store)])
+
+    def launch(self) -> None:
+        """Start the fill: CRIU may restore then."""
+        self._launched = launch.launch(self._places)
+        process = Process.find(self._launched.pid)
+        if process is None:
+            raise ExecutionError(f"the memory fill ended at once; {self._places.work / launch.LOG} says why")
+        self._process.write_text(f"{process.pid} {process.start_ticks}")
+
+    def prepare(self) -> None:
+        """Amend CRIU's images: what the fill maps is left out of the restore."""
+        fill_images.prepare(self._places.images, self.store)
+
+    def is_filled(self) -> bool:
+        """Whether nothing more is to be mapped. A container whose fill failed has been killed by it."""
+        status = Status.read(self._places.status)
+        if status.state is State.FAILED:
+            log.error("memory fill", reason=status.reason)
+        return status.state in (State.STARTING, State.DONE, State.FAILED)
+
+    def discard(self) -> None:
+        """End the fill of a container that is gone, and give the pages back."""
+        process = self._fill()
+        if process is not None:
+            process.signal(15)
+            if not process.wait(END_S):
+                process.signal(9)
+                process.wait(END_S)
+        self.release()
+
+    def release(self) -> None:
+        """Give the pages back; the fill has ended."""
+        if self._launched is not None:
+            self._launched.wait(END_S)
+        while os.path.ismount(self.store):
+            _run(["umount", str(self.store)])
+        for left in (launch.LOG, "lazy-pages.socket"):
+            (self._places.work / left).unlink(missing_ok=True)
+
+    def _fill(self) -> Process | None:
+        try:
+            pid, ticks = self._process.read_text().split()
+        except FileNotFoundError:
+            return None
+        process = Process(int(pid), int(ticks))
+        return process if process.is_alive() else None
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ExecutionError(f"{' '.join(command)}: {done.stderr.strip()}")
