@@ -89,9 +89,10 @@ class Worker:
         assert self._keeper is not None
         packet = messages.receive(self._keeper)
         if packet is None:
-            # Without its keeper it goes on: nothing is lost as long as one of them lives.
+            # Without its keeper it goes on: nothing is lost as long as one of them lives. All that can come has come.
             self._epoll.unregister(self._keeper.fileno())
             self._keeper = None
+            self._restored = True
         elif packet.kind == Kind.TASK and packet.descriptor is not None:
             self._add(packet.space, packet.descriptor, Space(packet.number, lazy_segments(self._images, packet.number)))
             self._next = packet.space + 1

@@ -1,6 +1,7 @@
 """The fill behind real restores by CRIU: every page holds what it has to, whatever the process does meanwhile."""
 
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -100,6 +101,15 @@ def test_a_process_whose_memory_is_lost_does_not_go_on(made: Room) -> None:
         assert not moved.lines("bad")
 
 
+def test_it_can_be_called_off(made: Room) -> None:
+    with victim(made, "none", 1) as moved:
+        fill = moved.launch()
+        family = [os.pidfd_open(pid) for pid in (fill, *children(fill))]
+        os.kill(fill, signal.SIGTERM)
+        ended = [ends(process) for process in family]
+        assert all(ended)
+
+
 def test_a_store_without_the_vdso_is_refused(made: Room) -> None:
     with victim(made, "none", 1) as moved:
         moved.dump()
@@ -111,5 +121,13 @@ def test_a_store_without_the_vdso_is_refused(made: Room) -> None:
 
 def workers(keeper: int) -> list[int]:
     """Processes that it has forked: the guard is the first, and ends by itself."""
-    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    return [int(pid) for pid in children[1:]]
+    return children(keeper)[1:]
+
+
+def children(keeper: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()]
+
+
+def ends(descriptor: int) -> bool:
+    with os.fdopen(descriptor):
+        return bool(select.select([descriptor], [], [], 5.0)[0])
