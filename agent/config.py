@@ -4,7 +4,7 @@ import difflib
 import ipaddress
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from migrator import units
 from migrator.channel import Tls
 from migrator.errors import InvalidArgument
+from migrator.memory import METHODS
 
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 CGROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -37,7 +38,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Config:
-    """`listen_address` is empty if only the local socket is served; `peers` is host name to host:port."""
+    """`listen_address` is empty if only the local socket is served; `peers` is host name to host:port.
+
+    `memory_tracker` is one of `migrator.memory.METHODS`; empty for the best that this kernel has.
+    """
 
     host: str
     state_dir: Path
@@ -45,6 +49,7 @@ class Config:
     cache_dir: Path
     cgroup_parent: str
     pool_size_bytes: int
+    memory_tracker: str
     listen_address: str
     tls: Tls
     network: Network
@@ -83,6 +88,7 @@ def parse(document: Mapping[str, Any]) -> Config:
         cache_dir=top.path("cache_dir", "/var/cache/migrator"),
         cgroup_parent=_matching("cgroup_parent", top.text("cgroup_parent", "migrator"), CGROUP_NAME),
         pool_size_bytes=_pool_size(top.value("pool_size", "20GiB", (str, int))),
+        memory_tracker=_choice("memory_tracker", top.text("memory_tracker", ""), METHODS),
         listen_address=_address("listen.address", listen.text("address", "")),
         tls=Tls(
             ca=tls.path("ca", "/etc/migrator/ca.crt"),
@@ -147,6 +153,12 @@ def _pool_size(value: Any) -> int:
     if size < MIN_POOL_BYTES:
         raise InvalidArgument(f"pool_size: {units.format_size(size)} is less than {units.format_size(MIN_POOL_BYTES)}")
     return size
+
+
+def _choice(key: str, value: str, choices: Sequence[str]) -> str:
+    if value and value not in choices:
+        raise InvalidArgument(f"{key} {value!r}: choose one of {', '.join(choices)}, or leave it away")
+    return value
 
 
 def _matching(key: str, text: str, pattern: re.Pattern[str]) -> str:

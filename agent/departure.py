@@ -23,7 +23,7 @@ from agent.journal import Incomings
 from agent.managers import Managers
 from agent.network import Networks
 from agent.processes import Process, pid_inside
-from agent.runtime import Runtime, find_program
+from agent.runtime import Runtime, environment, find_program
 from blockdev import filesystem, tracker
 from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
@@ -171,16 +171,27 @@ class Departing:
             yield writes
 
     @contextmanager
-    def track_memory(self) -> Iterator[MemoryTracker | None]:
+    def pause(self) -> Iterator[None]:
+        """See LeavingContainer. One that was paused before stays so."""
+        if self._record.state is not State.RUNNING:
+            yield
+            return
+        try:
+            self._cgroup.freeze()
+            yield
+        finally:
+            self._cgroup.thaw()
+
+    @contextmanager
+    def track_memory(self) -> Iterator[tuple[MemoryTracker | None, str]]:
         """By the best way that this kernel has, if CRIU can be kept from dumping memory."""
         if self._managers.pageless is None:
-            yield None
+            yield None, "memory is dumped by CRIU while the container stands still: see migrator doctor"
             return
-        method, why = memory.choose()
-        log.info("memory tracker", container=self.name, method=method, why=why)
+        method, why = memory.choose(self._managers.config.memory_tracker or None)
         with closing(memory.make(self._cgroup.pids, method)) as tracker:
             tracker.start()
-            yield tracker
+            yield tracker, f"memory is tracked by {method}: {why}"
 
     def pid_inside(self, pid: int) -> int:
         """See LeavingContainer."""
@@ -196,7 +207,7 @@ class Departing:
         parent = self._folder / "parent"
         try:
             with (
-                Criu(find_program("criu"), self._managers.runtime.environment(), pageless) as criu,
+                Criu(find_program("criu"), environment(), pageless) as criu,
                 closing(Backlog(self.name)) as self._backlog,
             ):
                 _note_criu(self._folder, criu.pid)

@@ -39,6 +39,7 @@ def _probes(config: Config) -> list[Probe]:
         partial(kernel_probes.freezer, config.cgroup_parent),
         host_probes.criu,
         host_probes.criu_check,
+        host_probes.pageless_dump,
         partial(host_probes.program, "runc"),
         partial(host_probes.program, "conmon"),
         partial(host_probes.program, "tar"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.processes import Process
-from agent.runtime import Runtime, last_error
+from agent.runtime import Runtime, environment, last_error
 from migrator.errors import ExecutionError
 
 CHUNK_BYTES = 64 << 10
@@ -49,9 +49,9 @@ class Execution:
         try:
             if process.get("terminal"):
                 size = process.get("consoleSize", {})
-                self._start_on_terminal(command, runtime.environment(), size.get("height", 24), size.get("width", 80))
+                self._start_on_terminal(command, environment(), size.get("height", 24), size.get("width", 80))
             else:
-                self._start_on_pipes(command, runtime.environment())
+                self._start_on_pipes(command, environment())
         except OSError as error:
             self._folder.cleanup()
             raise ExecutionError(f"start runc exec: {error}") from error

@@ -15,11 +15,11 @@ from agent.config import Config
 from agent.findings import Finding, ok, problem, warning
 from agent.hosts import criu_version
 from agent.peers import open_channel
-from agent.runtime import find_program
+from agent.runtime import environment, find_program
 from blockdev import loop, pool, reflink, resize
 from blockdev.errors import BlockError
 from blockdev.volume import SUFFIX
-from migrator import certificates, status
+from migrator import certificates, pageless, status
 from migrator.certificates import Role
 from migrator.errors import ExecutionError, MigratorError
 from migrator.units import format_size
@@ -54,6 +54,17 @@ def criu_check() -> Finding:
             "criu.check", f"criu check: {'; '.join(words[-3:])}", "see `criu check` for what the kernel lacks"
         )
     return ok("criu.check", "criu check finds everything it needs")
+
+
+def pageless_dump() -> Finding:
+    """Whether CRIU's dump can be kept from copying memory while a container stands still."""
+    subject = "criu.dump"
+    try:
+        with tempfile.TemporaryDirectory(prefix="migrator-doctor-") as folder:
+            pageless.probe(find_program("criu"), environment(), Path(folder))
+    except MigratorError as error:
+        return warning(subject, f"CRIU dumps all memory while a container stands still: {error}", SETUP)
+    return ok(subject, "CRIU dumps without memory, which is sent before")
 
 
 def program(name: str, *, needed_for: str = "") -> Finding:

@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import mmap
 import os
 import platform
 import re
@@ -14,22 +13,14 @@ from pathlib import Path
 from agent.cgroup import Cgroup
 from agent.findings import Finding, ok, problem, warning
 from blockdev import tracker
+from migrator import memory
 from migrator.errors import ExecutionError
 
 # userfaultfd(2): the number is the architecture's.
 _USERFAULTFD = {"x86_64": 323, "aarch64": 282}
-_UFFD_USER_MODE_ONLY = 1
-_UFFDIO_API = 0xC018AA3F
-_UFFD_API = 0xAA
-_UFFD_FEATURE_WP_ASYNC = 1 << 15
-# _IOWR('f', 16, struct pm_scan_arg) of linux/fs.h, Linux 6.7
-_PAGEMAP_SCAN = 0xC0606610
-_PAGE_IS_WRITTEN = 1 << 1
 _TCP_REPAIR, _TCP_REPAIR_OFF = 19, 0
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
-_SOFT_DIRTY = 1 << 55
-_PAGE = mmap.PAGESIZE
 
 # Measured on an idle machine with an ordinary disk.
 COMPARING_S_PER_GIB = 1
@@ -51,46 +42,30 @@ def version() -> Finding:
     return ok("kernel.version", f"Linux {release}")
 
 
+def memory_tracker() -> Finding:
+    """How writes to memory will be seen, and why so."""
+    subject = "kernel.memory"
+    method, why = memory.choose()
+    if method == "none":
+        return warning(subject, f"writes to memory cannot be tracked ({why}): all of it is sent in the freeze", _NEWER)
+    return ok(subject, f"writes to memory are tracked by {method}: {why}")
+
+
 def userfaultfd() -> Finding:
+    """For the kernel's own accesses too, as CRIU's restore and the fill need it."""
     subject = "kernel.userfaultfd"
     number = _USERFAULTFD.get(platform.machine())
     if number is None:
-        return warning(subject, f"not known for {platform.machine()}", "use x86_64 or aarch64")
-    descriptor = _libc.syscall(number, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
+        return problem(subject, f"not known for {platform.machine()}", "use x86_64 or aarch64")
+    descriptor = _libc.syscall(number, os.O_CLOEXEC)
     if descriptor < 0:
-        return warning(subject, f"userfaultfd: {os.strerror(ctypes.get_errno())}", _NEWER)
-    try:
-        fcntl.ioctl(descriptor, _UFFDIO_API, struct.pack("=QQQ", _UFFD_API, _UFFD_FEATURE_WP_ASYNC, 0))
-    except OSError as error:
-        return warning(subject, f"no asynchronous write protection: {error.strerror}", _NEWER)
-    finally:
-        os.close(descriptor)
-    return ok(subject, "works, with asynchronous write protection")
-
-
-def pagemap_scan() -> Finding:
-    subject = "kernel.pagemap_scan"
-    with mmap.mmap(-1, _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[0] = 1
-        start = _address(memory)
-        request = struct.pack("=12Q", 96, 0, start, start + _PAGE, 0, 0, 0, 0, 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)
-        with Path("/proc/self/pagemap").open("rb") as pagemap:
-            try:
-                fcntl.ioctl(pagemap, _PAGEMAP_SCAN, request)
-            except OSError as error:
-                return warning(subject, f"PAGEMAP_SCAN: {error.strerror}", _NEWER)
-    return ok(subject, "works")
-
-
-def soft_dirty() -> Finding:
-    """Only needed where write protection does not work."""
-    with mmap.mmap(-1, _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[0] = 1
-        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-            pagemap.seek(_address(memory) // _PAGE * 8)
-            (entry,) = struct.unpack("=Q", pagemap.read(8))
-    there = "there as well" if entry & _SOFT_DIRTY else "not in this kernel; write protection does the same"
-    return ok("kernel.soft_dirty", there)
+        return problem(
+            subject,
+            f"userfaultfd: {os.strerror(ctypes.get_errno())}; no container can come here",
+            "run the agent as root, on a kernel with CONFIG_USERFAULTFD",
+        )
+    os.close(descriptor)
+    return ok(subject, "a container goes on here while its memory is mapped in behind it")
 
 
 def time_namespaces() -> Finding:
@@ -164,19 +139,10 @@ def freezer(parent: str) -> Finding:
 
 ALL: tuple[Callable[[], Finding], ...] = (
     version,
+    memory_tracker,
     userfaultfd,
-    pagemap_scan,
-    soft_dirty,
     time_namespaces,
     tcp_repair,
     write_tracker,
     tap,
 )
-
-
-def _address(memory: mmap.mmap) -> int:
-    view = ctypes.c_char.from_buffer(memory)
-    try:
-        return ctypes.addressof(view)
-    finally:
-        del view

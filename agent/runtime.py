@@ -135,10 +135,6 @@ class Runtime:
         """Where the containers' conmons are. Container names begin with a letter or digit: this one cannot be taken."""
         return Cgroup(f"/{self._cgroup_parent}/_conmon")
 
-    def environment(self) -> dict[str, str]:
-        """What children get: our own CRIU is found before any other."""
-        return {"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", "LANG": "C.UTF-8"}
-
     def runc_command(self, name: str, *arguments: str) -> list[str]:
         log = str(self.paths(name).runc_log)
         return ["runc", "--root", str(self.root), "--log", log, "--log-format", "json", *arguments]
@@ -163,9 +159,9 @@ class Runtime:
         paths.run.mkdir(parents=True, exist_ok=True, mode=0o700)
         for stale in (paths.exit_file, paths.init_pid, paths.conmon_pid, paths.runc_log, paths.run / "exit"):
             stale.unlink(missing_ok=True)
-        environment = self.environment()
+        variables = environment()
         if restore is not None:
-            environment["PATH"] = f"{restore.programs}:{environment['PATH']}"
+            variables["PATH"] = f"{restore.programs}:{variables['PATH']}"
         ours, writing = os.pipe()
         # Both ends: conmon dies of a word that nobody can read any more, and it must survive this agent.
         theirs = os.open(f"/proc/self/fd/{writing}", os.O_RDWR | os.O_CLOEXEC)
@@ -173,7 +169,7 @@ class Runtime:
         try:
             done = subprocess.run(
                 self.conmon_command(name, restore),
-                env={**environment, "_OCI_SYNCPIPE": str(theirs)},
+                env={**variables, "_OCI_SYNCPIPE": str(theirs)},
                 pass_fds=[theirs],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -268,7 +264,7 @@ class Runtime:
         try:
             done = subprocess.run(
                 self.runc_command(name, *arguments),
-                env=self.environment(),
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -301,6 +297,11 @@ def last_error(log: Path) -> str:
         if entry.get("level") in ("error", "fatal"):
             return str(entry.get("msg", ""))
     return ""
+
+
+def environment() -> dict[str, str]:
+    """What children get: our own CRIU is found before any other."""
+    return {"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", "LANG": "C.UTF-8"}
 
 
 def find_program(name: str) -> str:

@@ -31,7 +31,7 @@ from agent.migrations import Migrations
 from agent.network import Networks
 from agent.peers import ask_source
 from agent.periodic import Periodic
-from agent.runtime import Runtime, find_program
+from agent.runtime import Runtime, environment, find_program
 from agent.server import Service
 from agent.services.containers import ContainerService
 from agent.services.hosts import HostService
@@ -168,7 +168,7 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         assembly,
         containers,
         keeper,
-        find_pageless(config, runtime),
+        find_pageless(config),
     )
     here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
     incomings = Incomings(database)
@@ -186,10 +186,10 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
     )
 
 
-def find_pageless(config: Config, runtime: Runtime) -> Pageless | None:
+def find_pageless(config: Config) -> Pageless | None:
     """Whether CRIU here can be kept from dumping memory; tried each time, since CRIU may have been replaced."""
     try:
-        return pageless.probe(find_program("criu"), runtime.environment(), config.run_dir / "pageless")
+        return pageless.probe(find_program("criu"), environment(), config.run_dir / "pageless")
     except MigratorError as error:
         log.warning("CRIU dumps all memory while a container stands still", reason=str(error))
         return None

@@ -4,14 +4,15 @@ Each process is a target of its own, named by its pid inside the container; offs
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import structlog
 
 from blockdev import extents
 from blockdev.blocks import Piece
 from blockdev.extents import Range
-from migrator.memory import Gone, MemoryTracker, Moment, ProcessGone, ProcessKey, mappings
+from migrator.errors import ExecutionError
+from migrator.memory import Collected, Gone, MemoryTracker, Moment, ProcessGone, ProcessKey, mappings
 from migrator.stream import Sender
 from migrator.v1 import peer_pb2
 
@@ -24,8 +25,14 @@ log = structlog.get_logger()
 class MemoryCopy:
     """Copies the private memory of one container's processes."""
 
-    def __init__(self, tracker: MemoryTracker, pid_inside: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        tracker: MemoryTracker,
+        pid_inside: Callable[[int], int],
+        pause: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._tracker = tracker
+        self._pause = pause
         self._pid_inside = pid_inside
         self._written: dict[ProcessKey, list[Range]] = {}
         self._gone: dict[ProcessKey, list[Range]] = {}
@@ -33,8 +40,15 @@ class MemoryCopy:
         self._owners: dict[str, ProcessKey] = {}
 
     def collect(self, moment: Moment = Moment.RUNNING) -> int:
-        """Look at what was written since the last time. Returns the bytes that `requests` would send now."""
-        found = self._tracker.collect(moment)
+        """Look at what was written since the last time. Returns the bytes that `requests` would send now.
+
+        Raises ExecutionError if direct I/O into the memory does not come to its end while the container stands still.
+        """
+        if moment is Moment.RUNNING and self._tracker.needs_pause:
+            with self._pause():
+                found = self._look(Moment.PAUSED)
+        else:
+            found = self._look(moment)
         for note in found.notes:
             log.info("memory", note=note)
         for change in found.processes:
@@ -47,6 +61,11 @@ class MemoryCopy:
         if moment is Moment.LAST:
             self._add_vdso()
         return sum(map(extents.total, self._written.values()))
+
+    def _look(self, moment: Moment) -> Collected:
+        if moment is not Moment.RUNNING and (problems := self._tracker.drain()):
+            raise ExecutionError(f"what is read into memory could be missed: {'; '.join(problems)}", reason="DIRECT_IO")
+        return self._tracker.collect(moment)
 
     def _add_vdso(self) -> None:
         """The kernel's own code in each process, which is no memory of the process: but CRIU looks at the old one."""

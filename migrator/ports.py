@@ -71,8 +71,11 @@ class LeavingContainer(Protocol):
 
     def track_writes(self, volume: LeavingVolume) -> AbstractContextManager[WriteTracker]: ...
 
-    def track_memory(self) -> AbstractContextManager[MemoryTracker | None]:
-        """A tracker that has begun, or None where memory has to be dumped by CRIU. Raises Untrackable."""
+    def pause(self) -> AbstractContextManager[None]:
+        """Every task stands still during the block."""
+
+    def track_memory(self) -> AbstractContextManager[tuple[MemoryTracker | None, str]]:
+        """A tracker that has begun, or None where memory has to be dumped by CRIU; and why. Raises Untrackable."""
 
     def pid_inside(self, pid: int) -> int:
         """The pid that a process of the container has in the container. Raises ProcessGone."""

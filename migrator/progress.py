@@ -71,6 +71,11 @@ class Progress:
             migration.bytes.memory, migration.bytes.disk, migration.bytes.wire = memory, disk, wire
             migration.progress = min(1.0, part)
 
+    def note(self, text: str) -> None:
+        """Something for those who want to know more."""
+        with self._change() as migration:
+            migration.notes.append(text)
+
     def downtime(self, milliseconds: float) -> None:
         """The container stood still for so long."""
         with self._change() as migration:

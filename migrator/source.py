@@ -39,6 +39,7 @@ from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
 from migrator.snapshots import SnapshotCopy
 from migrator.stream import Digests, Meter, Sender
+from migrator.units import format_duration, format_size
 from migrator.v1 import migration_pb2, peer_pb2
 
 FEATURES = ("send-v1", snapshots.FEATURE)
@@ -222,8 +223,9 @@ class Departure:
             return _Prepared(prepared.has_base, None, None)
         undo.enter_context(container.guard(self._name))
         undo.callback(self._resume)
-        tracker = undo.enter_context(container.track_memory())
-        memory = MemoryCopy(tracker, container.pid_inside) if tracker else None
+        tracker, why = undo.enter_context(container.track_memory())
+        self._progress.note(why)
+        memory = MemoryCopy(tracker, container.pid_inside, container.pause) if tracker else None
         checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))
         return _Prepared(prepared.has_base, memory, checkpoint)
 
@@ -260,7 +262,7 @@ class Departure:
         left = look()
         while (step := convergence.decide(done, left, options.max_downtime_s)) is not Next.FREEZE:
             if step is Next.STUCK:
-                log.info("does not converge", container=container.name, rounds=len(done), left_bytes=left)
+                self._progress.note(f"does not converge: {options.on_no_converge.value}")
                 if options.on_no_converge is OnNoConverge.FREEZE:
                     return
                 share = next(shares, None) if options.on_no_converge is OnNoConverge.THROTTLE else None
@@ -280,6 +282,9 @@ class Departure:
             seconds, sent = time.monotonic() - began, left
             left = look()
             done.append(Round(sent, seconds, left))
+            self._progress.note(
+                f"round {len(done)}: {format_size(sent)} in {format_duration(seconds * 1000)}, {format_size(left)} left"
+            )
 
     def _round(self, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         yield from copy.requests(sender)

@@ -28,7 +28,7 @@ INTERRUPT = object()
 Event = migration_pb2.Migration | MigratorError | object
 
 
-def follow(request: migration_pb2.CreateMigrationRequest) -> migration_pb2.Migration:
+def follow(request: migration_pb2.CreateMigrationRequest, *, verbose: bool) -> migration_pb2.Migration:
     """Start a migration and show it until it has ended; returns it as it ended."""
     target = endpoint(settings())
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -38,7 +38,7 @@ def follow(request: migration_pb2.CreateMigrationRequest) -> migration_pb2.Migra
                 made = MigrationServiceStub(channel).CreateMigration(request, timeout=READ_S).migration
             except grpc.RpcError as error:
                 raise explain(error, target) from error
-        return _follow(made, target, events)
+        return _follow(made, target, events, verbose)
 
 
 def watch(name: str) -> migration_pb2.Migration:
@@ -50,15 +50,15 @@ def watch(name: str) -> migration_pb2.Migration:
             found = MigrationServiceStub(channel).GetMigration(request, timeout=READ_S).migration
         except grpc.RpcError as error:
             raise explain(error, target) from error
-    return _follow(found, target, queue.SimpleQueue())
+    return _follow(found, target, queue.SimpleQueue(), verbose=False)
 
 
 def _follow(
-    migration: migration_pb2.Migration, target: Endpoint, events: "queue.SimpleQueue[Event]"
+    migration: migration_pb2.Migration, target: Endpoint, events: "queue.SimpleQueue[Event]", verbose: bool
 ) -> migration_pb2.Migration:
     watcher = threading.Thread(target=_watch, args=(migration.name, target, events), daemon=True, name="watch")
     watcher.start()
-    interrupts = 0
+    interrupts = noted = 0
     with drawing.picture() as picture:
         picture.show(migration)
         while not migration.outcome:
@@ -66,6 +66,10 @@ def _follow(
             if isinstance(event, migration_pb2.Migration):
                 migration = event
                 picture.show(migration)
+                if verbose:
+                    for note in migration.notes[noted:]:
+                        picture.note(note)
+                    noted = len(migration.notes)
             elif isinstance(event, MigratorError):
                 return _lost(migration, event)
             else:

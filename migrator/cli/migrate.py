@@ -45,6 +45,7 @@ SNAPSHOTS = {
     default=None,
     help="Take its snapshots along, or delete them with the copy here. One of the two is needed if there are any.",
 )
+@click.option("-v", "--verbose", is_flag=True, help="Say also how memory is tracked and what each round left.")
 @click.option("--detach", is_flag=True, help="Return at once; `migrator migrations watch` shows the rest.")
 @click.argument("container", type=CONTAINER)
 @click.argument("host", type=HOST)
@@ -59,6 +60,7 @@ def command(
     on_no_converge: str,
     verify: bool,
     snapshots: bool | None,
+    verbose: bool,
     detach: bool,
 ) -> int:
     """Move a container from this host to another, live; one that is stopped or paused stays so.
@@ -72,7 +74,7 @@ def command(
 
     With -o json: one object with migration, container, source, destination, outcome (migrated, rolled_back, refused,
     cancelled, container_ended, uncertain, checked, timed_out), downtime_ms, total_ms, bytes {memory, disk, wire},
-    phases [{name, start_ms, duration_ms, steps}], where_running, and error {reason, message, exit_code} or null.
+    phases [{name, start_ms, duration_ms, steps}], notes, where_running, and error {reason, message, exit_code} or null.
     downtime_ms is the time from the source's freeze to the first task running at the destination: each clock's own
     share and the exchange between.
 
@@ -100,7 +102,7 @@ def command(
         else:
             print(made.name)
         return 0
-    ended = follow(request)
+    ended = follow(request, verbose=verbose)
     if settings().json:
         output.write_json(migration_object(ended))
     else:

@@ -56,6 +56,7 @@ def migration_object(migration: migration_pb2.Migration) -> dict[str, object]:
             }
             for phase in migration.phases
         ],
+        "notes": [*migration.notes],
         "where_running": migration.where_running or None,
         "error": output.error_object(migration.reason, migration.error, exit_code(migration)) if failed else None,
     }

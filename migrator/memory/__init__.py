@@ -7,7 +7,7 @@
         for change in collected.processes:
             for piece in tracker.read(change.process, change.written): ...
 
-DESIGN.md in this folder says how it is done and what was measured.
+docs/design.md says how it is done.
 """
 
 from migrator.memory.choosing import METHODS, choose, make, probe

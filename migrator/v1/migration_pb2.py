@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmigrator/v1/migration.proto\x12\x0bmigrator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"^\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08start_ms\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\x12 \n\x05steps\x18\x04 \x03(\x0b\x32\x11.migrator.v1.Step\")\n\x04Step\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"3\n\x05\x42ytes\x12\x0e\n\x06memory\x18\x01 \x01(\x03\x12\x0c\n\x04\x64isk\x18\x02 \x01(\x03\x12\x0c\n\x04wire\x18\x03 \x01(\x03\"\xf2\x02\n\tMigration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tcontainer\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x04 \x01(\t\x12%\n\x07outcome\x18\x05 \x01(\x0e\x32\x14.migrator.v1.Outcome\x12\x13\n\x0b\x64owntime_ms\x18\x06 \x01(\x01\x12\x10\n\x08total_ms\x18\x07 \x01(\x01\x12!\n\x05\x62ytes\x18\x08 \x01(\x0b\x32\x12.migrator.v1.Bytes\x12\"\n\x06phases\x18\t \x03(\x0b\x32\x12.migrator.v1.Phase\x12\x15\n\rwhere_running\x18\n \x01(\t\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x0e\n\x06reason\x18\x0c \x01(\t\x12\x11\n\texit_code\x18\r \x01(\x05\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08progress\x18\x0f \x01(\x01\"\x9a\x02\n\x16\x43reateMigrationRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x12\n\ncheck_only\x18\x03 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x03\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x05 \x01(\x03\x12\x0e\n\x06verify\x18\x06 \x01(\x08\x12\x17\n\x0fmax_downtime_ms\x18\x08 \x01(\x03\x12\x31\n\x0eon_no_converge\x18\t \x01(\x0e\x32\x19.migrator.v1.OnNoConverge\x12\x30\n\tsnapshots\x18\x07 \x01(\x0e\x32\x1d.migrator.v1.SnapshotHandling\"D\n\x17\x43reateMigrationResponse\x12)\n\tmigration\x18\x01 \x01(\x0b\x32\x16.migrator.v1.Migration\"#\n\x13GetMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x14GetMigrationResponse\x12)\n\tmigration\x18\x01 \x01(\x0b\x32\x16.migrator.v1.Migration\"\x17\n\x15ListMigrationsRequest\"D\n\x16ListMigrationsResponse\x12*\n\nmigrations\x18\x01 \x03(\x0b\x32\x16.migrator.v1.Migration\"&\n\x16\x43\x61ncelMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x19\n\x17\x43\x61ncelMigrationResponse\"%\n\x15WatchMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x16WatchMigrationResponse\x12)\n\tmigration\x18\x01 \x01(\x0b\x32\x16.migrator.v1.Migration*\xdd\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_MIGRATED\x10\x01\x12\x17\n\x13OUTCOME_ROLLED_BACK\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03\x12\x15\n\x11OUTCOME_CANCELLED\x10\x04\x12\x1b\n\x17OUTCOME_CONTAINER_ENDED\x10\x05\x12\x15\n\x11OUTCOME_UNCERTAIN\x10\x06\x12\x13\n\x0fOUTCOME_CHECKED\x10\x07\x12\x15\n\x11OUTCOME_TIMED_OUT\x10\x08*m\n\x10SnapshotHandling\x12!\n\x1dSNAPSHOT_HANDLING_UNSPECIFIED\x10\x00\x12\x1a\n\x16SNAPSHOT_HANDLING_MOVE\x10\x01\x12\x1a\n\x16SNAPSHOT_HANDLING_DROP\x10\x02*\x80\x01\n\x0cOnNoConverge\x12\x1e\n\x1aON_NO_CONVERGE_UNSPECIFIED\x10\x00\x12\x19\n\x15ON_NO_CONVERGE_FREEZE\x10\x01\x12\x18\n\x14ON_NO_CONVERGE_ABORT\x10\x02\x12\x1b\n\x17ON_NO_CONVERGE_THROTTLE\x10\x03\x32\xdb\x03\n\x10MigrationService\x12\\\n\x0f\x43reateMigration\x12#.migrator.v1.CreateMigrationRequest\x1a$.migrator.v1.CreateMigrationResponse\x12S\n\x0cGetMigration\x12 .migrator.v1.GetMigrationRequest\x1a!.migrator.v1.GetMigrationResponse\x12Y\n\x0eListMigrations\x12\".migrator.v1.ListMigrationsRequest\x1a#.migrator.v1.ListMigrationsResponse\x12\\\n\x0f\x43\x61ncelMigration\x12#.migrator.v1.CancelMigrationRequest\x1a$.migrator.v1.CancelMigrationResponse\x12[\n\x0eWatchMigration\x12\".migrator.v1.WatchMigrationRequest\x1a#.migrator.v1.WatchMigrationResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmigrator/v1/migration.proto\x12\x0bmigrator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"^\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08start_ms\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\x12 \n\x05steps\x18\x04 \x03(\x0b\x32\x11.migrator.v1.Step\")\n\x04Step\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"3\n\x05\x42ytes\x12\x0e\n\x06memory\x18\x01 \x01(\x03\x12\x0c\n\x04\x64isk\x18\x02 \x01(\x03\x12\x0c\n\x04wire\x18\x03 \x01(\x03\"\x81\x03\n\tMigration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tcontainer\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x04 \x01(\t\x12%\n\x07outcome\x18\x05 \x01(\x0e\x32\x14.migrator.v1.Outcome\x12\x13\n\x0b\x64owntime_ms\x18\x06 \x01(\x01\x12\x10\n\x08total_ms\x18\x07 \x01(\x01\x12!\n\x05\x62ytes\x18\x08 \x01(\x0b\x32\x12.migrator.v1.Bytes\x12\"\n\x06phases\x18\t \x03(\x0b\x32\x12.migrator.v1.Phase\x12\x15\n\rwhere_running\x18\n \x01(\t\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x0e\n\x06reason\x18\x0c \x01(\t\x12\x11\n\texit_code\x18\r \x01(\x05\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08progress\x18\x0f \x01(\x01\x12\r\n\x05notes\x18\x10 \x03(\t\"\x9a\x02\n\x16\x43reateMigrationRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x12\n\ncheck_only\x18\x03 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x03\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x05 \x01(\x03\x12\x0e\n\x06verify\x18\x06 \x01(\x08\x12\x17\n\x0fmax_downtime_ms\x18\x08 \x01(\x03\x12\x31\n\x0eon_no_converge\x18\t \x01(\x0e\x32\x19.migrator.v1.OnNoConverge\x12\x30\n\tsnapshots\x18\x07 \x01(\x0e\x32\x1d.migrator.v1.SnapshotHandling\"D\n\x17\x43reateMigrationResponse\x12)\n\tmigration\x18\x01 \x01(\x0b\x32\x16.migrator.v1.Migration\"#\n\x13GetMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x14GetMigrationResponse\x12)\n\tmigration\x18\x01 \x01(\x0b\x32\x16.migrator.v1.Migration\"\x17\n\x15ListMigrationsRequest\"D\n\x16ListMigrationsResponse\x12*\n\nmigrations\x18\x01 \x03(\x0b\x32\x16.migrator.v1.Migration\"&\n\x16\x43\x61ncelMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x19\n\x17\x43\x61ncelMigrationResponse\"%\n\x15WatchMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x16WatchMigrationResponse\x12)\n\tmigration\x18\x01 \x01(\x0b\x32\x16.migrator.v1.Migration*\xdd\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_MIGRATED\x10\x01\x12\x17\n\x13OUTCOME_ROLLED_BACK\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03\x12\x15\n\x11OUTCOME_CANCELLED\x10\x04\x12\x1b\n\x17OUTCOME_CONTAINER_ENDED\x10\x05\x12\x15\n\x11OUTCOME_UNCERTAIN\x10\x06\x12\x13\n\x0fOUTCOME_CHECKED\x10\x07\x12\x15\n\x11OUTCOME_TIMED_OUT\x10\x08*m\n\x10SnapshotHandling\x12!\n\x1dSNAPSHOT_HANDLING_UNSPECIFIED\x10\x00\x12\x1a\n\x16SNAPSHOT_HANDLING_MOVE\x10\x01\x12\x1a\n\x16SNAPSHOT_HANDLING_DROP\x10\x02*\x80\x01\n\x0cOnNoConverge\x12\x1e\n\x1aON_NO_CONVERGE_UNSPECIFIED\x10\x00\x12\x19\n\x15ON_NO_CONVERGE_FREEZE\x10\x01\x12\x18\n\x14ON_NO_CONVERGE_ABORT\x10\x02\x12\x1b\n\x17ON_NO_CONVERGE_THROTTLE\x10\x03\x32\xdb\x03\n\x10MigrationService\x12\\\n\x0f\x43reateMigration\x12#.migrator.v1.CreateMigrationRequest\x1a$.migrator.v1.CreateMigrationResponse\x12S\n\x0cGetMigration\x12 .migrator.v1.GetMigrationRequest\x1a!.migrator.v1.GetMigrationResponse\x12Y\n\x0eListMigrations\x12\".migrator.v1.ListMigrationsRequest\x1a#.migrator.v1.ListMigrationsResponse\x12\\\n\x0f\x43\x61ncelMigration\x12#.migrator.v1.CancelMigrationRequest\x1a$.migrator.v1.CancelMigrationResponse\x12[\n\x0eWatchMigration\x12\".migrator.v1.WatchMigrationRequest\x1a#.migrator.v1.WatchMigrationResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'migrator.v1.migration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=1372
-  _globals['_OUTCOME']._serialized_end=1593
-  _globals['_SNAPSHOTHANDLING']._serialized_start=1595
-  _globals['_SNAPSHOTHANDLING']._serialized_end=1704
-  _globals['_ONNOCONVERGE']._serialized_start=1707
-  _globals['_ONNOCONVERGE']._serialized_end=1835
+  _globals['_OUTCOME']._serialized_start=1387
+  _globals['_OUTCOME']._serialized_end=1608
+  _globals['_SNAPSHOTHANDLING']._serialized_start=1610
+  _globals['_SNAPSHOTHANDLING']._serialized_end=1719
+  _globals['_ONNOCONVERGE']._serialized_start=1722
+  _globals['_ONNOCONVERGE']._serialized_end=1850
   _globals['_PHASE']._serialized_start=77
   _globals['_PHASE']._serialized_end=171
   _globals['_STEP']._serialized_start=173
@@ -45,27 +45,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BYTES']._serialized_start=216
   _globals['_BYTES']._serialized_end=267
   _globals['_MIGRATION']._serialized_start=270
-  _globals['_MIGRATION']._serialized_end=640
-  _globals['_CREATEMIGRATIONREQUEST']._serialized_start=643
-  _globals['_CREATEMIGRATIONREQUEST']._serialized_end=925
-  _globals['_CREATEMIGRATIONRESPONSE']._serialized_start=927
-  _globals['_CREATEMIGRATIONRESPONSE']._serialized_end=995
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=997
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=1032
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=1034
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=1099
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=1101
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=1124
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=1126
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=1194
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=1196
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=1234
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=1236
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=1261
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=1263
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=1300
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=1302
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=1369
-  _globals['_MIGRATIONSERVICE']._serialized_start=1838
-  _globals['_MIGRATIONSERVICE']._serialized_end=2313
+  _globals['_MIGRATION']._serialized_end=655
+  _globals['_CREATEMIGRATIONREQUEST']._serialized_start=658
+  _globals['_CREATEMIGRATIONREQUEST']._serialized_end=940
+  _globals['_CREATEMIGRATIONRESPONSE']._serialized_start=942
+  _globals['_CREATEMIGRATIONRESPONSE']._serialized_end=1010
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=1012
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=1047
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=1049
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=1114
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=1116
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=1139
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=1141
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=1209
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=1211
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=1249
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=1251
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=1276
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=1278
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=1315
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=1317
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=1384
+  _globals['_MIGRATIONSERVICE']._serialized_start=1853
+  _globals['_MIGRATIONSERVICE']._serialized_end=2328
 # @@protoc_insertion_point(module_scope)

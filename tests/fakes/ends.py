@@ -195,10 +195,14 @@ class FakeLeaving:
             pass
 
     @contextmanager
-    def track_memory(self) -> Iterator[FakeMemory]:
+    def pause(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def track_memory(self) -> Iterator[tuple[FakeMemory, str]]:
         with self._call("source.track memory"):
             pass
-        yield FakeMemory()
+        yield FakeMemory(), "memory is tracked by a fake"
         with self._call("source.untrack memory"):
             pass
 
