@@ -224,7 +224,8 @@ class Follower:
             self._no_memory.add(status.st_dev)
             os.close(descriptor)
             return None
-        item = SharedObject(descriptor, name or str(Path(path).readlink()))
+        # By our own descriptor: the process may have closed its own.
+        item = SharedObject(descriptor, name or str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         self._objects[item.key] = item
         return item
 
