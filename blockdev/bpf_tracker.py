@@ -4,6 +4,12 @@ A program on the tracepoint block_rq_complete marks a byte per block of the devi
 zeros has completed. Completion is the right event: the data has landed by then. A collect clears a byte first and
 leaves reading the block to afterwards, so that a write in between is reported again and never lost.
 
+A kernel can leave a program out without counting it: a virtual machine's was found to do so whenever the completion
+interrupts a process of its supervisor. So the program adds up the sectors that it sees, and a collect compares them
+with the device's own statistics. To have something to answer with, it is on block_rq_issue, too: a request whose
+completion was not seen has been marked when it was issued, for this collect or, if it was under way then, for one
+before. If neither was seen, everything is dirty.
+
 A long request, such as a discard by fstrim, marks one byte per region of 1024 blocks for the regions between its first
 and its last one, so that the program's loops stay short enough for the verifier and the event cheap.
 
@@ -11,18 +17,20 @@ Cost: a byte of locked kernel memory per block (16 MiB for 1 TiB), and a look at
 """
 
 import os
+import struct
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import bpf, btf
-from blockdev.block_device import BLOCK_BYTES, Device
+from blockdev.block_device import BLOCK_BYTES, Device, Statistics
 from blockdev.blocks import Piece
 from blockdev.bpf import Assembler, ByteMap, RawTracepointProgram
 from blockdev.errors import BlockError
 from blockdev.extents import Range, merge
 
-TRACEPOINT = "block_rq_complete"
+COMPLETE, ISSUE = "block_rq_complete", "block_rq_issue"
 # A device of more than 16 TiB has larger blocks instead of more of them.
 MAX_BLOCKS = 1 << 28
 
@@ -35,6 +43,11 @@ _MAX_REGIONS = 128
 # Marks are copied out in parts of this before they are searched: they fit the processor's cache.
 _SCAN_BYTES = 1 << 18
 _ZEROS = bytes(_SCAN_BYTES)
+# Of the counters, u64 each: sectors of completed and of issued requests.
+_COUNTERS = struct.Struct("=QQ")
+_COUNTER_AT = {COMPLETE: 0, ISSUE: 8}
+# Until counters and statistics are read at a moment without a request in between.
+_TRIES = 100
 # Bit 0 of a request's operation says that it changes the device (op_is_write of linux/blk_types.h).
 _WRITES = 1
 
@@ -83,8 +96,18 @@ def probe() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """Sectors of write requests: as the programs have seen them, and as the kernel's statistics have them."""
+
+    completed: int
+    issued: int
+    written: int
+    in_flight: int
+
+
 class _Marking:
-    """Program and marks for a device of a certain size: a byte per block, a byte per region, the overflow byte."""
+    """Programs and marks for a device of a certain size: a byte per block, a byte per region, the overflow byte."""
 
     def __init__(self, device_number: int, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -92,36 +115,65 @@ class _Marking:
         while size_bytes > MAX_BLOCKS * self._block_bytes:
             self._block_bytes *= 2
         self._regions = max(1, -(-size_bytes // (self._block_bytes << _REGION_SHIFT)))
-        with ExitStack() as undo:
+        shift = self._block_bytes.bit_length() - 1 - _SECTOR_SHIFT
+        self._resources = ExitStack()
+        with self._resources as undo:
             # Many values, because a single one may not be longer than 4 MiB on older kernels.
-            self._blocks = ByteMap(_REGION_BLOCKS, self._regions)
-            undo.callback(self._blocks.close)
-            self._whole = ByteMap(self._regions + 1)
-            undo.callback(self._whole.close)
-            shift = self._block_bytes.bit_length() - 1 - _SECTOR_SHIFT
-            code = _program(device_number, shift, self._regions, self._blocks.descriptor, self._whole.descriptor)
-            self._program = RawTracepointProgram(TRACEPOINT, code)
-            self._missed = self._program.missed()
-            undo.pop_all()
+            self._blocks = undo.enter_context(closing(ByteMap(_REGION_BLOCKS, self._regions)))
+            self._whole = undo.enter_context(closing(ByteMap(self._regions + 1)))
+            self._counters = undo.enter_context(closing(ByteMap(_COUNTERS.size)))
+            self._statistics = undo.enter_context(closing(Statistics(device_number))) if device_number else None
+            maps = (self._blocks.descriptor, self._whole.descriptor, self._counters.descriptor)
+            self.programs = {}
+            for name in (COMPLETE, ISSUE):
+                code = _program(name, device_number, shift, self._regions, *maps)
+                self.programs[name] = undo.enter_context(RawTracepointProgram(name, code))
+            self._missed = self._misses()
+            self._base = self._counts()
+            # What may have been under way at the last collect, and be without a mark since.
+            self._pending: list[Range] = []
+            self._resources = undo.pop_all()
 
     def take(self) -> list[Range] | None:
         """What was marked since this was called last; None if that is not known."""
-        missed, whole = self._program.missed(), self._whole.bytes
-        if missed != self._missed or whole[self._regions]:
-            self._missed = missed
-            whole[: self._regions + 1] = bytes(self._regions + 1)
-            for part in range(0, len(self._blocks.bytes), _SCAN_BYTES):
-                length = min(_SCAN_BYTES, len(self._blocks.bytes) - part)
-                self._blocks.bytes[part : part + length] = bytes(length)
-            return None
         regions = self._clear(self._whole, self._regions, self._block_bytes << _REGION_SHIFT)
         blocks = self._clear(self._blocks, len(self._blocks.bytes), self._block_bytes)
-        return merge([*regions, *blocks]) if regions else blocks
+        found = merge([*regions, *blocks]) if regions else blocks
+        # After the marks: what is not under `written` by then is still under way, or was marked too late for this time.
+        counts, missed = self._counts(), self._misses()
+        base, before = self._base, self._pending
+        written = counts.written - base.written
+        is_unseen = counts.completed - base.completed < written
+        # Requests that were under way at the base were issued before it.
+        is_unknown = is_unseen and not base.in_flight and counts.issued - base.issued < written
+        if is_unseen or not counts.in_flight:
+            self._base = counts
+        # A request is marked a moment before it is under way, so the last answer is kept in any case.
+        self._pending = merge([*found, *before]) if before and counts.in_flight else found
+        if is_unknown or missed != self._missed or self._whole.bytes[self._regions]:
+            self._missed, self._whole.bytes[self._regions] = missed, 0
+            return None
+        return merge([*found, *before]) if is_unseen else found
 
     def close(self) -> None:
-        self._program.close()
-        self._whole.close()
-        self._blocks.close()
+        self._resources.close()
+
+    def _misses(self) -> int:
+        return sum(program.missed() for program in self.programs.values())
+
+    def _counts(self) -> _Counts:
+        """Of one moment if such a moment can be had; otherwise nothing is in `written` that is not in the others."""
+        if self._statistics is None:
+            return _Counts(0, 0, 0, 0)
+        for _ in range(_TRIES):
+            before = _COUNTERS.unpack_from(self._counters.bytes)
+            # Twice, so that what is no longer under way is under `written`.
+            _, in_flight = self._statistics.read()
+            written, still_in_flight = self._statistics.read()
+            completed, issued = _COUNTERS.unpack_from(self._counters.bytes)
+            if before == (completed, issued):
+                break
+        return _Counts(completed, issued, written, max(in_flight, still_in_flight))
 
     def _clear(self, marks: ByteMap, count: int, bytes_per_mark: int) -> list[Range]:
         """Clear the first `count` marks, and say what they stand for."""
@@ -145,10 +197,13 @@ class _Marking:
 
 
 # Registers: 6 and 7 the first and the last block of the request, 8 and 9 their regions, 0 to 5 for the moment.
-def _program(device_number: int, block_shift: int, regions: int, blocks_map: int, whole_map: int) -> bytes:
+def _program(
+    tracepoint: str, device_number: int, block_shift: int, regions: int, blocks_map: int, whole_map: int, counters: int
+) -> bytes:
     """In C, where `blocks` and `whole` are the two maps, of which the latter has the overflow byte at its end:
 
     if (rq->q->disk is another || !op_is_write(rq) || nr_bytes < 512) return;
+    add its sectors to the tracepoint's counter;
     if (last is beyond the device) goto overflow;
     mark blocks of the first region, from `first` to `last` or its end;
     mark the regions between the first and the last one as a whole;
@@ -167,11 +222,16 @@ def _program(device_number: int, block_shift: int, regions: int, blocks_map: int
     a.emit(bpf.LOAD32, 4, 2, types.offset("request", "cmd_flags"))
     a.emit(bpf.AND_IMMEDIATE, 4, value=_WRITES)
     a.emit(bpf.JUMP_EQUAL_IMMEDIATE, 4, value=0, to="out")
-    a.emit(bpf.LOAD64, 7, 1, 16)
+    if tracepoint == COMPLETE:
+        a.emit(bpf.LOAD64, 7, 1, 16)  # its third argument
+    else:
+        a.emit(bpf.LOAD32, 7, 2, types.offset("request", "__data_len"))
     a.emit(bpf.SET32, 7, 7)
     a.emit(bpf.SHIFT_RIGHT_IMMEDIATE, 7, value=_SECTOR_SHIFT)
     a.emit(bpf.JUMP_EQUAL_IMMEDIATE, 7, value=0, to="out")
     a.emit(bpf.LOAD64, 6, 2, types.offset("request", "__sector"))
+    a.map_value(1, counters, _COUNTER_AT[tracepoint])
+    a.emit(bpf.ATOMIC_ADD64, 1, 7)
     a.emit(bpf.ADD, 7, 6)
     a.emit(bpf.ADD_IMMEDIATE, 7, value=-1)
     a.emit(bpf.SHIFT_RIGHT_IMMEDIATE, 6, value=block_shift)

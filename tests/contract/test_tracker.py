@@ -7,15 +7,17 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from blockdev import blocks, extents, filesystem, loop, tracker
-from blockdev.block_device import BLOCK_BYTES
-from blockdev.bpf_tracker import BpfTracker
+from blockdev.block_device import BLOCK_BYTES, Statistics
+from blockdev.bpf_tracker import COMPLETE, ISSUE, BpfTracker
 from blockdev.errors import BlockError
 from blockdev.extents import Range
 from soakkit import soak
@@ -343,3 +345,74 @@ def test_missed_events_mean_everything(ebpf_disk: Callable[[int], Disk]) -> None
     disk.tracker._marking._missed += 1
     assert disk.tracker.collect() == _everything(disk)
     assert disk.tracker.collect() == []
+
+
+def _leave_out(disk: Disk, *tracepoints: str) -> None:
+    """Let the kernel call these programs no more, without a word: as a kernel was seen to do for moments."""
+    assert isinstance(disk.tracker, BpfTracker)
+    assert disk.tracker._marking is not None
+    null = os.open(os.devnull, os.O_RDONLY)
+    for name in tracepoints:
+        os.dup2(null, disk.tracker._marking.programs[name]._link)
+    os.close(null)
+
+
+def test_a_completion_that_the_kernel_kept_from_the_program_is_reported(ebpf_disk: Callable[[int], Disk]) -> None:
+    disk = ebpf_disk(200 * MIB)
+    _write(disk, 64 * MIB)
+    disk.tracker.collect()
+    _leave_out(disk, COMPLETE)
+    _write(disk, MIB)
+    found = disk.tracker.collect()
+    # Also what was reported the last time, which may have been under way then.
+    assert found == [Range(MIB, MIB + BLOCK_BYTES), Range(64 * MIB, 64 * MIB + BLOCK_BYTES)]
+    assert disk.tracker.collect() == []
+
+
+def test_a_request_that_the_kernel_kept_from_both_programs_means_everything(
+    ebpf_disk: Callable[[int], Disk],
+) -> None:
+    disk = ebpf_disk(200 * MIB)
+    _leave_out(disk, COMPLETE, ISSUE)
+    _write(disk, MIB)
+    assert disk.tracker.collect() == _everything(disk)
+    assert disk.tracker.collect() == []
+
+
+@pytest.mark.parametrize("collects", [1, 3])
+def test_what_was_under_way_at_a_collect_and_ended_unseen_is_reported(tmp_path: Path, collects: int) -> None:
+    if os.geteuid() != 0 or tracker.probe() is not None:
+        pytest.skip("needs root and eBPF")
+    with ExitStack() as stack:
+        below, at = tmp_path / "below", tmp_path / "at"
+        at.mkdir()
+        with below.open("xb") as file:
+            os.truncate(file.fileno(), 256 * MIB)
+        filesystem.make(below, "ext4")
+        lower = loop.attach(below)
+        stack.callback(lower.detach)
+        filesystem.mount(lower.path, at, "ext4")
+        stack.callback(filesystem.unmount, at)
+        disk = stack.enter_context(open_disk(at, "disk", 64 * MIB, "ebpf"))
+        disk.first()
+        disk.tracker.collect()
+        # The file system below holds the write up for as long as the test likes.
+        filesystem.freeze(at)
+        stack.callback(filesystem.thaw, at)
+        writer = threading.Thread(target=_write, args=(disk, MIB))
+        writer.start()
+        stack.callback(writer.join)
+        stack.callback(filesystem.thaw, at)
+        with closing(Statistics(disk.device.path.stat().st_rdev)) as statistics:
+            eventually = time.monotonic() + 30
+            while statistics.read()[1] == 0:
+                assert time.monotonic() < eventually, "the write was not begun"
+                time.sleep(0.005)
+        assert disk.tracker.collect() == [Range(MIB, MIB + BLOCK_BYTES)]
+        for _ in range(collects - 1):
+            assert disk.tracker.collect() == []
+        _leave_out(disk, COMPLETE)
+        filesystem.thaw(at)
+        writer.join()
+        assert disk.tracker.collect() == [Range(MIB, MIB + BLOCK_BYTES)]
+        assert disk.tracker.collect() == []
