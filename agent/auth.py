@@ -38,6 +38,8 @@ ROLES: dict[str, frozenset[Role]] = {
     "/migrator.v1.VolumeService/ListVolumes": _READER,
     "/migrator.v1.VolumeService/ResizeVolume": _OPERATOR,
     "/migrator.v1.VolumeService/ExportVolume": _OPERATOR,
+    "/migrator.v1.VolumeService/CheckVolume": _OPERATOR,
+    "/migrator.v1.VolumeService/RepairVolume": _OPERATOR,
     "/migrator.v1.HostService/GetHost": _ANYONE,
     "/migrator.v1.HostService/ListHosts": _READER,
     "/migrator.v1.HostService/Diagnose": _OPERATOR,
@@ -68,6 +70,7 @@ ROLES: dict[str, frozenset[Role]] = {
 # Those of the above that change nothing, and so leave no line in the audit log.
 READING = frozenset(method for method, roles in ROLES.items() if roles & {Role.VIEWER}) | {
     "/migrator.v1.HostService/Diagnose",
+    "/migrator.v1.VolumeService/CheckVolume",
     "/migrator.v1.PeerService/Examine",
     "/migrator.v1.PeerService/GetDecision",
 }

@@ -23,7 +23,7 @@ from agent.disk_images import DiskSource
 from agent.image_sizes import SLACK_BYTES, SMALLEST_BYTES, size_for
 from agent.rootfs import opened_in
 from agent.tarball import Cancel, Tarball
-from blockdev import filesystem
+from blockdev import filesystem, loop
 from blockdev.volume import SUFFIX, Volume, VolumeStore
 from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
 from migrator.units import format_size
@@ -167,7 +167,7 @@ class Images:
         """
         token = f"{name}.{secrets.token_hex(4)}"
         names = (token, f"{token}.new")
-        with self.staging() as scratch, self._mount_point(token) as at, ExitStack() as undo:
+        with self.staging() as scratch, self.mount_point(token) as at, ExitStack() as undo:
             for unfinished in names:
                 undo.callback(self._unfinished.delete, unfinished)
             volume = disk_images.make_volume(
@@ -192,6 +192,16 @@ class Images:
         finally:
             shutil.rmtree(folder)
 
+    @contextmanager
+    def mount_point(self, token: str) -> Iterator[Path]:
+        """An empty folder to mount something at; a crash leaves neither the folder nor what is mounted there."""
+        at = self._mounts / token
+        at.mkdir(mode=0o700)
+        try:
+            yield at
+        finally:
+            at.rmdir()
+
     def check_room(self, needed_bytes: int) -> None:
         """Raises Precondition (NO_SPACE) if the pool has not so much room."""
         free = self._free_bytes()
@@ -209,6 +219,8 @@ class Images:
                 if os.path.ismount(mounted):
                     filesystem.unmount(mounted)
             shutil.rmtree(at)
+        for _, device in loop.find_all(path for path in self._staging.rglob("*") if path.is_file()):
+            device.detach()
         shutil.rmtree(self._staging)
         self._staging.mkdir(mode=0o700)
         self._unfinished.sweep()
@@ -228,7 +240,7 @@ class Images:
         with ExitStack() as undo:
             undo.callback(self._unfinished.delete, token)
             volume = self._unfinished.create(token, size_bytes, kind)
-            with self._mount_point(token) as at:
+            with self.mount_point(token) as at:
                 mounted = volume.mount(at)
                 try:
                     tarball.unpack(source, at, cancel)
@@ -252,15 +264,6 @@ class Images:
             image.path.unlink()
             raise
         return image
-
-    @contextmanager
-    def _mount_point(self, token: str) -> Iterator[Path]:
-        at = self._mounts / token
-        at.mkdir(mode=0o700)
-        try:
-            yield at
-        finally:
-            at.rmdir()
 
     def _free_bytes(self) -> int:
         status = os.statvfs(self._folder)

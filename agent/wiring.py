@@ -41,6 +41,7 @@ from agent.services.peer import PeerService
 from agent.services.snapshots import SnapshotService
 from agent.services.volumes import VolumeService
 from agent.snapshots import SnapshotKeeper, Snapshots
+from agent.volume_checks import VolumeChecks
 from agent.volumes import Volumes
 from blockdev import pool
 from blockdev.volume import VolumeStore
@@ -73,6 +74,7 @@ class Agent:
     images: Images
     snapshots: Snapshots
     volumes: Volumes
+    checks: VolumeChecks
     hosts: Hosts
     migrations: Migrations
     arrivals: Arrivals
@@ -104,7 +106,7 @@ class Agent:
         image = ImageService(self.images, config.cache_dir)
         host = HostService(self.hosts, config)
         snapshot = SnapshotService(self.snapshots)
-        volume = VolumeService(self.volumes)
+        volume = VolumeService(self.volumes, self.checks)
         migration = MigrationService(self.migrations)
         peer = PeerService(self.arrival_host, self.arrivals, self.migrations)
         return [
@@ -178,6 +180,7 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         images=image_store,
         snapshots=Snapshots(keeper, containers),
         volumes=Volumes(database, volumes, containers, keeper, image_store.staging),
+        checks=VolumeChecks(volumes, containers, keeper, image_store),
         hosts=Hosts(config, containers, folder, metadata.version("migrator")),
         migrations=Migrations(managers, here),
         arrivals=Arrivals(arrival_host, incomings),

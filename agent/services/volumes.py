@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import grpc
 
 from agent.services.work import streamed
 from agent.tarball import Cancel
+from agent.volume_checks import Checked, VolumeChecks
 from agent.volumes import ContainerVolume, ExportedFile, Volumes
 from blockdev import extents
 from migrator.v1 import volume_pb2 as pb
@@ -20,8 +22,9 @@ _ZEROS = bytes(PIECE_BYTES)
 class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
     """See proto/migrator/v1/volume.proto."""
 
-    def __init__(self, volumes: Volumes) -> None:
+    def __init__(self, volumes: Volumes, checks: VolumeChecks) -> None:
         self._volumes = volumes
+        self._checks = checks
 
     def ListVolumes(self, request: pb.ListVolumesRequest, context: grpc.ServicerContext) -> pb.ListVolumesResponse:
         return pb.ListVolumesResponse(volumes=[describe(volume) for volume in self._volumes.all(request.container)])
@@ -43,6 +46,42 @@ class VolumeService(volume_pb2_grpc.VolumeServiceServicer):
                         yield from _sent(file)
         finally:
             made.close()
+
+    def CheckVolume(
+        self, request: pb.CheckVolumeRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CheckVolumeResponse]:
+        work = partial(self._checks.check, request.container, request.mount_point)
+        for item in _each(streamed("check", work, context)):
+            if isinstance(item, str):
+                yield pb.CheckVolumeResponse(progress=item)
+            else:
+                yield pb.CheckVolumeResponse(volume=item)
+
+    def RepairVolume(
+        self, request: pb.RepairVolumeRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.RepairVolumeResponse]:
+        work = partial(self._checks.repair, request.container, request.mount_point)
+        for item in _each(streamed("repair", work, context)):
+            if isinstance(item, str):
+                yield pb.RepairVolumeResponse(progress=item)
+            else:
+                yield pb.RepairVolumeResponse(volume=item)
+
+
+def _each(items: Iterator[str | list[Checked]]) -> Iterator[str | pb.CheckedVolume]:
+    """What is reported meanwhile, and then volume by volume."""
+    for item in items:
+        if isinstance(item, str):
+            yield item
+            continue
+        for checked in item:
+            yield pb.CheckedVolume(
+                container=checked.container,
+                mount_point=checked.mount_point,
+                filesystem=checked.filesystem,
+                problem=checked.problem,
+                repaired=checked.repaired,
+            )
 
 
 class _Export:

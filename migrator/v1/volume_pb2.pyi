@@ -85,3 +85,49 @@ class ExportVolumeResponse(_message.Message):
     file: ExportedFile
     piece: ExportedPiece
     def __init__(self, progress: _Optional[str] = ..., file: _Optional[_Union[ExportedFile, _Mapping]] = ..., piece: _Optional[_Union[ExportedPiece, _Mapping]] = ...) -> None: ...
+
+class CheckVolumeRequest(_message.Message):
+    __slots__ = ("container", "mount_point")
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    MOUNT_POINT_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    mount_point: str
+    def __init__(self, container: _Optional[str] = ..., mount_point: _Optional[str] = ...) -> None: ...
+
+class CheckedVolume(_message.Message):
+    __slots__ = ("container", "mount_point", "filesystem", "problem", "repaired")
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    MOUNT_POINT_FIELD_NUMBER: _ClassVar[int]
+    FILESYSTEM_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    mount_point: str
+    filesystem: str
+    problem: str
+    repaired: bool
+    def __init__(self, container: _Optional[str] = ..., mount_point: _Optional[str] = ..., filesystem: _Optional[str] = ..., problem: _Optional[str] = ..., repaired: _Optional[bool] = ...) -> None: ...
+
+class CheckVolumeResponse(_message.Message):
+    __slots__ = ("progress", "volume")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    VOLUME_FIELD_NUMBER: _ClassVar[int]
+    progress: str
+    volume: CheckedVolume
+    def __init__(self, progress: _Optional[str] = ..., volume: _Optional[_Union[CheckedVolume, _Mapping]] = ...) -> None: ...
+
+class RepairVolumeRequest(_message.Message):
+    __slots__ = ("container", "mount_point")
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    MOUNT_POINT_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    mount_point: str
+    def __init__(self, container: _Optional[str] = ..., mount_point: _Optional[str] = ...) -> None: ...
+
+class RepairVolumeResponse(_message.Message):
+    __slots__ = ("progress", "volume")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    VOLUME_FIELD_NUMBER: _ClassVar[int]
+    progress: str
+    volume: CheckedVolume
+    def __init__(self, progress: _Optional[str] = ..., volume: _Optional[_Union[CheckedVolume, _Mapping]] = ...) -> None: ...

@@ -50,6 +50,16 @@ class VolumeServiceStub:
                 request_serializer=migrator_dot_v1_dot_volume__pb2.ExportVolumeRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_volume__pb2.ExportVolumeResponse.FromString,
                 _registered_method=True)
+        self.CheckVolume = channel.unary_stream(
+                '/migrator.v1.VolumeService/CheckVolume',
+                request_serializer=migrator_dot_v1_dot_volume__pb2.CheckVolumeRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_volume__pb2.CheckVolumeResponse.FromString,
+                _registered_method=True)
+        self.RepairVolume = channel.unary_stream(
+                '/migrator.v1.VolumeService/RepairVolume',
+                request_serializer=migrator_dot_v1_dot_volume__pb2.RepairVolumeRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_volume__pb2.RepairVolumeResponse.FromString,
+                _registered_method=True)
 
 
 class VolumeServiceServicer:
@@ -78,6 +88,22 @@ class VolumeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckVolume(self, request, context):
+        """Looks whether file systems are whole, on clones: the container may run. Damage is no error of the call. Fails with
+        BUSY.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RepairVolume(self, request, context):
+        """As CheckVolume, of a container that is stopped; a clone that could be repaired takes its volume's place. Fails with
+        RUNNING, BUSY.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VolumeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +121,16 @@ def add_VolumeServiceServicer_to_server(servicer, server):
                     servicer.ExportVolume,
                     request_deserializer=migrator_dot_v1_dot_volume__pb2.ExportVolumeRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_volume__pb2.ExportVolumeResponse.SerializeToString,
+            ),
+            'CheckVolume': grpc.unary_stream_rpc_method_handler(
+                    servicer.CheckVolume,
+                    request_deserializer=migrator_dot_v1_dot_volume__pb2.CheckVolumeRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_volume__pb2.CheckVolumeResponse.SerializeToString,
+            ),
+            'RepairVolume': grpc.unary_stream_rpc_method_handler(
+                    servicer.RepairVolume,
+                    request_deserializer=migrator_dot_v1_dot_volume__pb2.RepairVolumeRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_volume__pb2.RepairVolumeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +215,60 @@ class VolumeService:
             '/migrator.v1.VolumeService/ExportVolume',
             migrator_dot_v1_dot_volume__pb2.ExportVolumeRequest.SerializeToString,
             migrator_dot_v1_dot_volume__pb2.ExportVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/migrator.v1.VolumeService/CheckVolume',
+            migrator_dot_v1_dot_volume__pb2.CheckVolumeRequest.SerializeToString,
+            migrator_dot_v1_dot_volume__pb2.CheckVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RepairVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/migrator.v1.VolumeService/RepairVolume',
+            migrator_dot_v1_dot_volume__pb2.RepairVolumeRequest.SerializeToString,
+            migrator_dot_v1_dot_volume__pb2.RepairVolumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

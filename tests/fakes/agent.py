@@ -182,6 +182,27 @@ class Volumes(volume_pb2_grpc.VolumeServiceServicer):
             yield Response(file=volume_pb2.ExportedFile(name="DiskDescriptor.xml", size_bytes=3))
             yield Response(piece=volume_pb2.ExportedPiece(offset=0, data=b"xml"))
 
+    def CheckVolume(self, request, context):
+        yield volume_pb2.CheckVolumeResponse(progress=f"checking {request.container}")
+        for volume in self._checked(request, repaired=False):
+            yield volume_pb2.CheckVolumeResponse(volume=volume)
+
+    def RepairVolume(self, request, context):
+        for volume in self._checked(request, repaired=True):
+            yield volume_pb2.RepairVolumeResponse(volume=volume)
+
+    def _checked(self, request, *, repaired: bool) -> Iterator[volume_pb2.CheckedVolume]:
+        """`broken` is damaged at /data, and can be repaired there."""
+        for point in [request.mount_point] if request.mount_point else ["/", "/data"]:
+            is_bad = request.container == "broken" and point == "/data"
+            yield volume_pb2.CheckedVolume(
+                container=request.container,
+                mount_point=point,
+                filesystem="ext4",
+                problem="wrong count" if is_bad else "",
+                repaired=is_bad and repaired,
+            )
+
 
 class Hosts(host_pb2_grpc.HostServiceServicer):
     def ListHosts(self, request, context):

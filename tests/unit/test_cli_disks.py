@@ -149,3 +149,30 @@ def test_pieces_outside_of_the_file_are_refused(tmp_path: Path) -> None:
             download.write(offset, b"x")
     download.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_names_what_is_damaged_and_exits_with_3(agent: FakeAgent) -> None:
+    done = run(agent, "volume", "check", "ct101")
+    assert (done.exit_code, done.stderr) == (0, "checking ct101\n")
+    assert [line.split() for line in done.stdout.splitlines()[1:]] == [
+        ["ct101", "/", "ext4", "whole"],
+        ["ct101", "/data", "ext4", "whole"],
+    ]
+    done = run(agent, "volume", "check", "broken")
+    assert done.exit_code == 3
+    assert "damaged" in done.stdout
+    assert "broken:/data: wrong count" in done.stderr
+    assert run(agent, "volume", "check", "broken:/").exit_code == 0
+    done = run(agent, "volume", "check", "broken:/data", "--repair", "-o", "json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == [
+        {
+            "container": "broken",
+            "mount_point": "/data",
+            "filesystem": "ext4",
+            "problem": "wrong count",
+            "repaired": True,
+            "state": "repaired",
+        }
+    ]
+    assert run(agent, "volume", "check", "broken:data").exit_code == 2
