@@ -206,11 +206,11 @@ class Containers:
                 self._records.update(name, should_run=0)
                 self.cgroup(name).thaw()
 
-    def pause(self, name: str) -> Record:
-        """Stop its processes where they are, by the freezer."""
+    def pause(self, name: str, *, again: bool = False) -> Record:
+        """Stop its processes where they are, by the freezer; `again` also those of one that should be paused."""
         with self.hold(name, "it is being paused"):
             record = self._records.get(name)
-            record.require("pause", State.RUNNING)
+            record.require("pause", *((State.RUNNING, State.PAUSED) if again else (State.RUNNING,)))
             self.cgroup(name).freeze()
             return self._records.update(name, state=State.PAUSED)
 
@@ -284,7 +284,7 @@ class Containers:
             if record.state is State.ARRIVING:
                 continue
             if record.state.is_live:
-                self._watch(record)
+                self._watch(self._settle_pause(record))
                 continue
             try:
                 with self.hold(record.name, "it is being looked at after a start of the agent"):
@@ -300,6 +300,19 @@ class Containers:
                 self._runtime.delete(name)
 
     # Inside
+
+    def _settle_pause(self, record: Record) -> Record:
+        """The agent died between the freezer and the record: what was not recorded was not done. Or it was resumed."""
+        group, paused = self.cgroup(record.name), record.state is State.PAUSED
+        if group.is_frozen() == paused or self._init(record) is None:
+            return record
+        try:
+            with self.hold(record.name, "it is being looked at after a start of the agent"):
+                log.warning("pause or resume was interrupted: it runs on", container=record.name)
+                group.thaw()
+                return self._records.update(record.name, state=State.RUNNING)
+        except Busy:
+            return record  # its migration decides
 
     def _enter(self, name: str, spec: ContainerSpec, state: State) -> Record:
         """Addresses and the record in one step, so that two containers never get the same."""

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from agent.assembly import ports
 from agent.managers import Managers
 from agent.network import is_own
 from agent.publish import check_free
+from blockdev import pool
 from migrator.errors import MigratorError, NotFound
 from migrator.v1 import container_pb2, peer_pb2
 
@@ -64,7 +64,7 @@ def _name(managers: Managers, name: str) -> Iterator[peer_pb2.Objection]:
 
 def _room(managers: Managers, request: peer_pb2.ExamineRequest) -> Iterator[peer_pb2.Objection]:
     host = managers.config.host
-    free = shutil.disk_usage(managers.volumes.folder).free
+    free = pool.room(managers.volumes.folder).available_bytes
     needed = request.disk_bytes + SPARE_BYTES
     if free < needed:
         message = f"no room on {host}: the disk needs {needed >> 20} MiB, {free >> 20} MiB are free"

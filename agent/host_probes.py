@@ -155,10 +155,18 @@ def _attached(folder: Path) -> Finding:
 
 
 def _room(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
-    if free < LITTLE_DISK_BYTES:
-        return warning("disk.room", f"{format_size(free)} are free in {folder}", "remove containers or images")
-    return ok("disk.room", f"{format_size(free)} are free in {folder}")
+    room = pool.room(folder)
+    free = format_size(room.free_bytes)
+    if room.free_bytes < 2 * room.reserve_bytes:
+        return problem(
+            "disk.room",
+            f"{free} are free in {folder}: containers are paused below {format_size(room.reserve_bytes)}, and go on at"
+            f" {format_size(2 * room.reserve_bytes)}",
+            "remove images, snapshots or containers, or move some to another host",
+        )
+    if room.free_bytes < LITTLE_DISK_BYTES:
+        return warning("disk.room", f"{free} are free in {folder}", "remove containers or images")
+    return ok("disk.room", f"{free} are free in {folder}")
 
 
 def bridge(config: Config) -> Finding:

@@ -23,7 +23,7 @@ from agent.disk_images import DiskSource
 from agent.image_sizes import SLACK_BYTES, SMALLEST_BYTES, size_for
 from agent.rootfs import opened_in
 from agent.tarball import Cancel, Tarball
-from blockdev import filesystem, loop
+from blockdev import filesystem, loop, pool
 from blockdev.volume import SUFFIX, Volume, VolumeStore
 from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
 from migrator.units import format_size
@@ -266,8 +266,7 @@ class Images:
         return image
 
     def _free_bytes(self) -> int:
-        status = os.statvfs(self._folder)
-        return status.f_bavail * status.f_frsize
+        return pool.room(self._folder).available_bytes
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"

@@ -4,8 +4,9 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import structlog
 
@@ -42,8 +43,11 @@ log = structlog.get_logger()
 class Migrations:
     """All migrations that this host is the source of; thread-safe. Call `recover` once before use."""
 
-    def __init__(self, managers: Managers, here: Here) -> None:
+    def __init__(
+        self, managers: Managers, here: Here, paused_for_room: Callable[[], Collection[str]] = frozenset
+    ) -> None:
         self._managers = managers
+        self._paused_for_room = paused_for_room
         self._here = here
         self._outgoings = Outgoings(managers.database)
         self._store = _Store(managers.database)
@@ -70,6 +74,8 @@ class Migrations:
             record = self._managers.containers.record(request.container)
             record.refuse("move", State.ARRIVING)
             record = self._managers.snapshots.settle(record.name)
+            if record.state is State.PAUSED and record.name in self._paused_for_room():
+                record = replace(record, state=State.RUNNING)  # there is room where it goes
             peer = stack.enter_context(RemotePeer(self._managers.config, request.destination))
             migration = migration_pb2.Migration(
                 name=name, container=record.name, source=host, destination=request.destination, where_running=host
@@ -109,6 +115,11 @@ class Migrations:
             raise Precondition(
                 f"migration {name} is committed: it cannot be cancelled and finishes", reason="COMMITTED"
             )
+
+    def cancel_of(self, container: str) -> None:
+        """As `cancel`, of the container's running one if there is one that can be cancelled."""
+        with suppress(NotFound, Precondition):
+            self.cancel(self.of(container))
 
     def watch(self, name: str, wanted: Callable[[], bool]) -> Iterator[migration_pb2.Migration]:
         """It as it is now and at each change, until it has an outcome or nobody wants to know any more."""

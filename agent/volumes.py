@@ -17,7 +17,7 @@ from agent.disk_images import PLOOP, QCOW2, RAW
 from agent.snapshots import SnapshotKeeper
 from agent.specs import MINIMUM_DISK_BYTES
 from agent.tarball import Cancel
-from blockdev import extents, reflink, resize
+from blockdev import extents, pool, reflink, resize
 from blockdev.errors import BlockError
 from blockdev.formats import descriptor, qemu
 from blockdev.formats.disk import LARGEST_BYTES
@@ -231,8 +231,7 @@ class Volumes:
         return self._records.set_spec(container, spec)
 
     def _check_room(self, needed_bytes: int) -> None:
-        status = os.statvfs(self._store.folder)
-        free_bytes = status.f_bavail * status.f_frsize
+        free_bytes = pool.room(self._store.folder).available_bytes
         if needed_bytes > free_bytes:
             raise Precondition(
                 f"no room: {format_size(needed_bytes)} more are asked for, {format_size(free_bytes)} are free in the"

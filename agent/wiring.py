@@ -15,6 +15,7 @@ from agent import (
     images,
     journal,
     migrations,
+    room,
     snapshot_records,
     template,
 )
@@ -31,6 +32,7 @@ from agent.migrations import Migrations
 from agent.network import Networks
 from agent.peers import ask_source
 from agent.periodic import Periodic
+from agent.room import RoomGuard
 from agent.runtime import Runtime, environment, find_program
 from agent.server import Service
 from agent.services.containers import ContainerService
@@ -60,7 +62,14 @@ from migrator.v1 import (
     volume_pb2_grpc,
 )
 
-SCHEMAS = (container_records.SCHEMA, images.SCHEMA, journal.SCHEMA, migrations.SCHEMA, snapshot_records.SCHEMA)
+SCHEMAS = (
+    container_records.SCHEMA,
+    images.SCHEMA,
+    journal.SCHEMA,
+    migrations.SCHEMA,
+    snapshot_records.SCHEMA,
+    room.SCHEMA,
+)
 TEND_INTERVAL_S = 1.0
 
 log = structlog.get_logger()
@@ -75,6 +84,7 @@ class Agent:
     snapshots: Snapshots
     volumes: Volumes
     checks: VolumeChecks
+    room: RoomGuard
     hosts: Hosts
     migrations: Migrations
     arrivals: Arrivals
@@ -97,12 +107,14 @@ class Agent:
         resources.callback(self.migrations.close)
         tend = Periodic("arrivals", TEND_INTERVAL_S, lambda: self.arrivals.tend(lambda r: ask_source(config, r)))
         resources.callback(tend.close)
+        look = Periodic("room", room.LOOK_S, self.room.look)
+        resources.callback(look.close)
 
     def services(self) -> list[Service]:
         """What is served. A new service goes here, and its methods into `agent.auth.ROLES`."""
         managers = self.managers
         config = managers.config
-        container = ContainerService(managers.containers, config.host, self.migrations.of)
+        container = ContainerService(managers.containers, config.host, self.migrations.of, self.room)
         image = ImageService(self.images, config.cache_dir)
         host = HostService(self.hosts, config)
         snapshot = SnapshotService(self.snapshots)
@@ -175,14 +187,18 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
     here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
     incomings = Incomings(database)
     arrival_host = arrival.ArrivingHost(managers, here, incomings)
+    guard = RoomGuard(database, containers, folder)
+    leaving = Migrations(managers, here, guard.pauses)
+    guard.cancel_migration = leaving.cancel_of
     return Agent(
         managers=managers,
         images=image_store,
         snapshots=Snapshots(keeper, containers),
         volumes=Volumes(database, volumes, containers, keeper, image_store.staging),
         checks=VolumeChecks(volumes, containers, keeper, image_store),
+        room=guard,
         hosts=Hosts(config, containers, folder, metadata.version("migrator")),
-        migrations=Migrations(managers, here),
+        migrations=leaving,
         arrivals=Arrivals(arrival_host, incomings),
         arrival_host=arrival_host,
         incomings=incomings,

@@ -1,6 +1,7 @@
 """A folder whose files can be cloned: the state folder itself, or a sparse XFS file mounted in it."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from blockdev import filesystem, loop, reflink
@@ -8,6 +9,8 @@ from blockdev.errors import BlockError
 
 FILE = "pool.img"
 FOLDER = "pool"
+# Kept free for what volumes have in flight: this part of the pool, and no more than so much.
+RESERVE_PART, LARGEST_RESERVE_BYTES = 20, 1 << 30
 MINIMUM_BYTES = 300 << 20  # mkfs.xfs makes none smaller
 
 
@@ -50,3 +53,28 @@ def _make(image: Path, size_bytes: int) -> None:
         os.truncate(file.fileno(), size_bytes)
     filesystem.make(unfinished, "xfs")
     unfinished.rename(image)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a pool has left, in bytes. `free_bytes` counts what the file system under a pool file can still give."""
+
+    free_bytes: int
+    reserve_bytes: int
+
+    @property
+    def available_bytes(self) -> int:
+        """What may be taken at will: the reserve, and as much again, are for what is written to volumes."""
+        return max(0, self.free_bytes - 2 * self.reserve_bytes)
+
+
+def room(folder: Path) -> Room:
+    """Of the pool that this folder is, or is in."""
+    status = os.statvfs(folder)
+    free_bytes, total_bytes = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+    for top in (folder, *folder.parents):
+        # A pool file is sparse: without room under it, its file system gets I/O errors where it has room itself.
+        if top.name == FOLDER and (top.parent / FILE).exists():
+            below = os.statvfs(top.parent)
+            free_bytes = min(free_bytes, below.f_bavail * below.f_frsize)
+    return Room(free_bytes, min(LARGEST_RESERVE_BYTES, total_bytes // RESERVE_PART))

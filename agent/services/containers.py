@@ -11,6 +11,7 @@ from agent import logs
 from agent.container_records import Record, State
 from agent.containers import Containers
 from agent.executor import Execution
+from agent.room import REASON, RoomGuard
 from migrator.errors import InvalidArgument, MigratorError, NotFound
 from migrator.v1 import container_pb2 as pb
 from migrator.v1 import container_pb2_grpc
@@ -26,8 +27,15 @@ TERMINAL_SIZE = (24, 80)
 class ContainerService(container_pb2_grpc.ContainerServiceServicer):
     """`migration_of` names the running migration of a container, empty if there is none."""
 
-    def __init__(self, containers: Containers, host: str, migration_of: Callable[[str], str] = lambda name: "") -> None:
+    def __init__(
+        self,
+        containers: Containers,
+        host: str,
+        migration_of: Callable[[str], str] = lambda name: "",
+        room: RoomGuard | None = None,
+    ) -> None:
         self._containers = containers
+        self._room = room
         self._host = host
         self._migration_of = migration_of
 
@@ -49,6 +57,8 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
                 message.disk_bytes += allocated
         message.migration = self._migration_of(name)
         message.restarts = record.restarts
+        if record.state is State.PAUSED and self._room is not None and name in self._room.pauses():
+            message.pause_reason = REASON
         return message
 
     def CreateContainer(
@@ -106,6 +116,8 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
     def ResumeContainer(
         self, request: pb.ResumeContainerRequest, context: grpc.ServicerContext
     ) -> pb.ResumeContainerResponse:
+        if self._room is not None:
+            self._room.check_resume(request.name)
         return pb.ResumeContainerResponse(container=self.describe(self._containers.resume(request.name)))
 
     def Exec(

@@ -26,8 +26,10 @@ names_argument = click.argument("names", nargs=-1, required=True, type=CONTAINER
 def ps(everything: bool) -> None:
     """List the containers of the host, running or not.
 
-    With -o json: a list of objects with name, state, host, image, ip, memory_bytes, disk_bytes, pid, started, exit_code
-    and migration.
+    One that is "paused, no room" goes on by itself when the pool has room again.
+
+    With -o json: a list of objects with name, state, host, image, ip, memory_bytes, disk_bytes, pid, started,
+    exit_code, migration and pause_reason.
     """
     with agent() as channel:
         listed = ContainerServiceStub(channel).ListContainers(container_pb2.ListContainersRequest(), timeout=READ_S)
@@ -54,6 +56,8 @@ def ps(everything: bool) -> None:
 def _state(item: dict[str, object]) -> str:
     if item["migration"]:
         return f"{item['state']}, migrating"
+    if item["pause_reason"] == "NO_SPACE":
+        return f"{item['state']}, no room"
     if item["state"] == "stopped" and item["exit_code"] is not None:
         return f"stopped ({item['exit_code']})"
     return str(item["state"])

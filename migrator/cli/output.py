@@ -52,6 +52,7 @@ def container_object(container: container_pb2.Container) -> dict[str, object]:
         "started": iso(container.start_time),
         "exit_code": container.exit_code if container.HasField("exit_code") else None,
         "migration": container.migration or None,
+        "pause_reason": container.pause_reason or None,
     }
 
 

@@ -63,6 +63,7 @@ def test_ps_has_a_stable_shape_in_json(agent: FakeAgent) -> None:
             "started": "2026-09-21T14:13:20.123Z",
             "exit_code": None,
             "migration": None,
+            "pause_reason": None,
         }
 
 
