@@ -7,7 +7,7 @@ container, by leases. A container's end is learnt from its conmon's end, also af
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import structlog
@@ -278,10 +278,16 @@ class Containers:
 
     # After a start of the agent
 
-    def reconcile(self) -> None:
-        """Compare the records with what is: adopt what runs, note what has ended, remove what should not be."""
+    def reconcile(self, arriving: Collection[str] = ()) -> None:
+        """Compare the records with what is: adopt what runs, note what has ended, remove what should not be.
+
+        `arriving` are those whose migration to this host is not finished; others that look so were being created.
+        """
         for record in self._records.all():
             if record.state is State.ARRIVING:
+                if record.name not in arriving:
+                    log.warning("remove container whose creation was interrupted", container=record.name)
+                    self._remove(record)
                 continue
             if record.state.is_live:
                 self._watch(self._settle_pause(record))

@@ -95,13 +95,15 @@ class Agent:
         """Compare what should be with what is, and carry on what a former life had begun."""
         config = self.managers.config
         self.managers.volumes.sweep()
+        for name in self.managers.volumes.release():
+            log.warning("released a loop device that was left", volume=name)
         self.images.sweep()
         template.sweep(config.cache_dir)
         # First of all: a container whose migration is not finished must not be started again by its restart policy.
         self.migrations.claim()
         self.snapshots.recover()
         self.volumes.recover()
-        self.managers.containers.reconcile()
+        self.managers.containers.reconcile({record.container for record in self.incomings.unfinished()})
         self.arrivals.recover()
         self.migrations.recover()
         resources.callback(self.migrations.close)

@@ -45,6 +45,16 @@ class LoopDevice:
         """Of its logical blocks."""
         return int(Path(f"/sys/block/loop{self.number}/queue/logical_block_size").read_text())
 
+    def is_mounted(self) -> bool:
+        """Whether a mount, in whichever mount namespace, or another exclusive user has it."""
+        try:
+            os.close(os.open(self.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return True
+            raise
+        return False
+
     def refresh_size(self) -> None:
         """Take over the image file's size after it has changed."""
         with _opened(self.path) as device:

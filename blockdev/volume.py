@@ -145,6 +145,15 @@ class VolumeStore:
                 device.detach()
             path.unlink()
 
+    def release(self) -> list[str]:
+        """Detach what is attached without being mounted, which a crash can leave. The names of these volumes."""
+        released = []
+        for image, device in loop.find_all(self._path(name) for name in self.names()):
+            if not device.is_mounted():
+                device.detach()
+                released.append(image.name.removesuffix(SUFFIX))
+        return released
+
     def find_mounted(self, name: str, at: Path) -> MountedVolume | None:
         """The volume as it is mounted there; None if it is not, or not at all."""
         path = self._path(name)

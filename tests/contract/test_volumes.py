@@ -249,3 +249,13 @@ def test_a_pool_that_is_too_small_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / pool.FILE).exists()
     finally:
         kernel.umount(tmp_path)
+
+
+def test_what_a_crash_left_attached_is_released_and_what_is_mounted_is_not(store: VolumeStore, mounts: Mounts) -> None:
+    mounted = mounts(store.create("used", SIZE, "ext4"), "at")
+    left = loop.attach(store.create("left", SIZE, "ext4").path)
+    assert mounted.device.is_mounted() and not left.is_mounted()
+    assert store.release() == ["left"]
+    assert not Path(f"/sys/block/loop{left.number}/loop").exists()
+    assert os.path.ismount(mounted.at)
+    assert store.release() == []

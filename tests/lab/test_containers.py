@@ -200,3 +200,18 @@ def test_failed_start_leaves_nothing(host: Bench) -> None:
     assert not host.containers.cgroup("t-fail").folders()
     assert not host.runtime.paths("t-fail").netns.exists()
     assert not host.runtime.known()
+
+
+def test_an_interrupted_creation_leaves_nothing(host: Bench) -> None:
+    host.create("t-whole")
+    spec = host.containers.spec("t-whole")
+    # As far as an agent comes that is killed just before it says that the container is there.
+    host.containers.reserve("t-cut", spec)
+    host.containers._assembly.create("t-cut", spec, host._images.get("tiny").path)
+    host.containers._assembly.mount("t-cut", spec)
+    image = host._volumes.open("t-cut-0").path
+    host.restart_agent()
+    assert [record.name for record in host.containers.all()] == ["t-whole"]
+    assert not image.exists()
+    assert not host.runtime.paths("t-cut").bundle.exists()
+    host.create("t-cut")

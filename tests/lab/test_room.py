@@ -23,7 +23,7 @@ POOL_BYTES = 1200 * MIB
 WITHIN_S = 60.0
 # It ends, with a word, when a write fails.
 WRITER = (
-    "i=0; while head -c 1048576 /dev/urandom >/data/$i && sync; do i=$((i+1)); echo $i >/data/count; done;"
+    "i=0; while head -c 1048576 /dev/urandom >/data/$i && sync -f /data/$i; do i=$((i+1)); echo $i >/data/count; done;"
     " echo FAILED; exec sleep 1000000"
 )
 
@@ -161,8 +161,12 @@ def test_one_that_is_busy_is_paused_later_and_its_migration_ended_at_the_last(
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_a_pause_or_resume_that_a_crash_has_cut_short_did_not_happen(host: Host, paused: bool) -> None:
-    host.create("ct1")
+    host.create("ct1", "echo ready; exec sleep 1000000")
     host.containers.start("ct1")
+    deadline = time.monotonic() + WITHIN_S
+    while "ready" not in host.log("ct1"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     if paused:
         host.containers.cgroup("ct1").freeze()
     else:
