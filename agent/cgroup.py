@@ -23,6 +23,10 @@ REMOVE_TIMEOUT_S = 5.0
 POLL_S = 0.001
 # A task that forks while the group freezes can leave version 1 in FREEZING until it is told again.
 REFREEZE_POLLS = 20
+# A task that calls execve waits for its other threads to die, and version 1 freezes these with their SIGKILL pending:
+# only a moment of thaw lets it get on.
+RETHAW_POLLS = 100
+RETHAW_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Cgroup:
                     "uninterruptible wait?); they run on"
                 )
             polls += 1
+            if self._is_v1 and polls % RETHAW_POLLS == 0:
+                self._set(frozen=False)
+                time.sleep(RETHAW_S)
             if self._is_v1 and polls % REFREEZE_POLLS == 0:
                 self._set(frozen=True)
             time.sleep(POLL_S)

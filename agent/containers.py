@@ -14,7 +14,7 @@ import structlog
 
 from agent import oci, processes
 from agent.assembly import Assembly
-from agent.cgroup import Cgroup
+from agent.cgroup import FREEZE_TIMEOUT_S, Cgroup
 from agent.container_needs import Addresses, Images, Snapshots
 from agent.container_records import Record, Records, State, now_ms
 from agent.database import Database
@@ -206,12 +206,12 @@ class Containers:
                 self._records.update(name, should_run=0)
                 self.cgroup(name).thaw()
 
-    def pause(self, name: str, *, again: bool = False) -> Record:
+    def pause(self, name: str, *, again: bool = False, timeout_s: float = FREEZE_TIMEOUT_S) -> Record:
         """Stop its processes where they are, by the freezer; `again` also those of one that should be paused."""
         with self.hold(name, "it is being paused"):
             record = self._records.get(name)
             record.require("pause", *((State.RUNNING, State.PAUSED) if again else (State.RUNNING,)))
-            self.cgroup(name).freeze()
+            self.cgroup(name).freeze(timeout_s)
             return self._records.update(name, state=State.PAUSED)
 
     def resume(self, name: str) -> Record:

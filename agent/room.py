@@ -30,7 +30,9 @@ REASON = "NO_SPACE"
 LOOK_S = 0.25
 # Containers are paused early enough for so long at the rate at which the pool fills.
 HORIZON_S = 2.0
-WORKERS = 8
+WORKERS = 64
+# Tasks that wait for a slow disk stop when that is over; those of the container that can be stopped are meanwhile.
+FREEZE_S = 60.0
 
 log = structlog.get_logger()
 
@@ -128,7 +130,7 @@ class RoomGuard:
         name = record.name
         is_new = self._note(name)
         try:
-            self._containers.pause(name, again=True)
+            self._containers.pause(name, again=True, timeout_s=FREEZE_S)
         except Busy as error:
             if is_new:
                 log.warning("cannot be paused for want of room yet", container=name, error=str(error))

@@ -215,3 +215,13 @@ def test_an_interrupted_creation_leaves_nothing(host: Bench) -> None:
     assert not image.exists()
     assert not host.runtime.paths("t-cut").bundle.exists()
     host.create("t-cut")
+
+
+def test_one_that_has_just_begun_can_be_paused(host: Bench) -> None:
+    # runc's init has threads when it becomes the command: freezing then must not wait for ever.
+    for _ in range(10):
+        host.create("t-exec")
+        host.containers.start("t-exec")
+        host.containers.pause("t-exec")
+        assert host.containers.cgroup("t-exec").is_frozen()
+        host.containers.delete("t-exec", force=True)

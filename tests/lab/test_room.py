@@ -100,9 +100,10 @@ def test_a_writer_stands_still_before_a_write_fails_and_goes_on(host: Host, fill
     host.containers.create("writer", ContainerSpec(image="tiny", volumes=volumes, command=["sh", "-c", WRITER]))
     host.create("waits")
     host.create("still")
-    for name in ("writer", "waits", "still"):
-        host.containers.start(name)
+    host.containers.start("still")
     host.containers.pause("still")
+    for name in ("waits", "writer"):
+        host.containers.start(name)
     reserve = pool.room(host.pool).reserve_bytes
     taken = filler(5 * reserve)
     host.guard.look()
