@@ -17,7 +17,7 @@ from migrator.memory.mappings import Mapping
 from migrator.memory.pagemap import Pagemap, subtract
 from migrator.memory.processes import ProcessKey
 from migrator.memory.reading import Gone
-from migrator.memory.shared import ObjectKey, SharedObject, is_memory
+from migrator.memory.shared import ObjectKey, SharedObject, is_memory, key_of
 from migrator.memory.tracker import Collected, Moment, Pids, ProcessChange, SharedChange
 from migrator.memory.watching import MemoryReplaced, Method, Scan, Watch
 
@@ -118,6 +118,10 @@ class Follower:
         """See MemoryTracker."""
         return reading.read_object(self._objects[key].descriptor, ranges)
 
+    def status(self, key: ObjectKey) -> os.stat_result:
+        """See MemoryTracker."""
+        return os.fstat(self._objects[key].descriptor)
+
     def close(self) -> None:
         """See MemoryTracker."""
         for followed in self._followed.values():
@@ -203,14 +207,14 @@ class Follower:
         device = os.makedev(*area.device)
         if device in self._no_memory:
             return None
-        if item := self._objects.get(ObjectKey(device, area.inode)):
+        if item := self._objects.get(key_of(device, area.inode, area.name)):
             return item
         return self._open(f"/proc/{pid}/map_files/{area.start:x}-{area.end:x}", area.name, moment)
 
     def _open(self, path: str, name: str, moment: Moment) -> SharedObject | None:
         try:
             status = Path(path).stat()
-            if item := self._objects.get(ObjectKey(status.st_dev, status.st_ino)):
+            if item := self._objects.get(key_of(status.st_dev, status.st_ino, name or str(Path(path).readlink()))):
                 return item
             # Not to call the open function of a device's driver.
             if not stat.S_ISREG(status.st_mode):
@@ -226,11 +230,17 @@ class Follower:
             return None
         # By our own descriptor: the process may have closed its own.
         item = SharedObject(descriptor, name or str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        if known := self._objects.get(item.key):  # the path has come to lead to another
+            item.close()
+            return known
         self._objects[item.key] = item
         return item
 
     def _look_at_objects(self, candidates: dict[ObjectKey, list[Range]], moment: Moment, result: Collected) -> None:
         for key in [key for key in self._objects if key not in candidates]:
+            if moment is Moment.LAST:
+                candidates[key] = []  # System V memory that nobody has attached is there all the same
+                continue
             self._objects.pop(key).close()
             result.released.append(key)
         for key, ranges in candidates.items():

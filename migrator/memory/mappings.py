@@ -34,7 +34,12 @@ class Mapping(NamedTuple):
     @property
     def is_shared(self) -> bool:
         """Of an object that others may map too: shared anonymous, memfd, System V, or a file."""
-        return self.permissions[3] == "s" and self.inode != 0 and not self.is_aio_ring
+        return self.permissions[3] == "s" and (self.inode != 0 or self.is_system_v) and not self.is_aio_ring
+
+    @property
+    def is_system_v(self) -> bool:
+        """Of System V memory, whose inode number is its id: the first one's is 0."""
+        return self.name.startswith("/SYSV")
 
 
 def read(pid: int) -> list[Mapping]:

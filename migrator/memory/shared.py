@@ -21,16 +21,26 @@ from migrator.memory.pagemap import PAGE_BYTES, subtract
 # Of linux/magic.h.
 _TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
 
+# Names of the kernel's own tmpfs; a file of that name is on another device.
+_SYSTEM_V = "/SYSV"
+
 _REALTIME_COARSE = 5  # of linux/time.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ObjectKey(NamedTuple):
-    """A device number as in stat(2), and an inode number."""
+    """A device number as in stat(2), and an inode number. The inode number of System V memory is its id: that may be
+    another object's number too."""
 
     device: int
     inode: int
+    is_system_v: bool = False
+
+
+def key_of(device: int, inode: int, name: str) -> ObjectKey:
+    """By the name as in /proc/PID/maps, or what a link in /proc points to."""
+    return ObjectKey(device, inode, name.startswith(_SYSTEM_V))
 
 
 class Change(NamedTuple):
@@ -46,7 +56,7 @@ class SharedObject:
     def __init__(self, descriptor: int, name: str) -> None:
         self.descriptor, self.name = descriptor, name
         status = os.fstat(descriptor)
-        self.key, self.size_bytes = ObjectKey(status.st_dev, status.st_ino), status.st_size
+        self.key, self.size_bytes = key_of(status.st_dev, status.st_ino, name), status.st_size
         self._digests = Digests()
         self._populated: list[Range] = []
         self._changed_ns, self._blocks = -1, -1

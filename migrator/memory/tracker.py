@@ -10,6 +10,7 @@ paused collect after. A caller who does not want to pay that freezes the contain
 `drain` and collects with `Moment.PAUSED`: then nothing is in flight, nothing is missed and nothing is told twice.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,7 +31,7 @@ class Moment(Enum):
     RUNNING = "running"
     # All tasks are frozen (the freezer says FROZEN) and `drain` found nothing in flight. It may run again afterwards.
     PAUSED = "paused"
-    # As PAUSED, and what is reported has to be complete: shared memory is compared as a whole.
+    # As PAUSED, and what is reported has to be complete: shared memory is compared as a whole, none is released.
     LAST = "last"
 
 
@@ -105,6 +106,9 @@ class MemoryTracker(Protocol):
 
     def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
         """The same of an object that the last collect reported."""
+
+    def status(self, key: ObjectKey) -> os.stat_result:
+        """Of an object that the last collect reported."""
 
     def close(self) -> None:
         """Leave the processes as they were."""

@@ -14,6 +14,7 @@ from blockdev.blocks import Piece
 from migrator.memory import Collected, Gone, MemoryTracker, ObjectKey, ProcessGone, ProcessKey, mappings, processes
 from migrator.memory.mappings import Mapping
 from migrator.memory.pagemap import ENTRY_FILE, ENTRY_PRESENT, ENTRY_SWAPPED, PAGE_BYTES, Pagemap, is_marker
+from migrator.memory.shared import key_of
 
 HERE = Path(__file__).parent
 ZEROS = bytes(PAGE_BYTES)
@@ -150,7 +151,7 @@ class Replica:
         return found
 
     def _shared(self, area: Mapping, memory: int) -> Iterator[str]:
-        pages = self.objects.get(ObjectKey(os.makedev(*area.device), area.inode))
+        pages = self.objects.get(key_of(os.makedev(*area.device), area.inode, area.name))
         if pages is None:
             yield f"object of {area} is missing"
             return
