@@ -4,9 +4,10 @@ A stream is a sequence of `SendRequest`, each a piece of one target at one offse
 fold every piece into a running digest per target, so that the end compares what was stored with what was meant.
 """
 
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
@@ -17,6 +18,9 @@ from migrator.errors import PeerError
 from migrator.v1 import peer_pb2
 
 MAX_PIECE_BYTES = 1 << 20
+# Of many small pieces that travel together.
+BATCH_BYTES = 256 << 10
+BATCH_PIECES = 1024
 ZSTD_LEVEL = 1
 # A piece that zstd does not shrink below this part of its size travels plain.
 WORTH_SENDING_COMPRESSED = 0.9
@@ -31,6 +35,10 @@ class TargetDigest:
     def add(self, piece: Piece, checksum: int) -> None:
         """Fold one piece in by its own checksum, so that its bytes are read once."""
         self._hash.update(b"%d %d %d;" % (piece.offset, piece.length, checksum))
+
+    def add_parts(self, parts: Sequence[int], checksum: int) -> None:
+        """Fold many in that have one checksum."""
+        self._hash.update(b"%s %d;" % (struct.pack(f"<{len(parts)}q", *parts), checksum))
 
     def digest(self) -> bytes:
         """16 bytes."""
@@ -140,12 +148,40 @@ class Sender:
         for piece in pieces:
             request = self._request(target, piece)
             self._digests.of(target).add(piece, request.checksum)
-            wire = len(request.data) + len(target) + 64
-            self._meter.count(target, piece.length, wire)
-            began = time.perf_counter()
-            yield request
-            self._compression.link(wire, time.perf_counter() - began)
-            self._sent()
+            yield from self._out(request, piece.length)
+
+    def batched(self, target: str, pieces: Iterable[Piece]) -> Iterator[peer_pb2.SendRequest]:
+        """The same with many small pieces in one request, which costs more than the bytes in it: for memory, of which a
+        few pages here and there are written."""
+        waiting: list[Piece] = []
+        size = 0
+        for piece in pieces:
+            length = 0 if piece.data is None else piece.length
+            if waiting and (size + length > BATCH_BYTES or len(waiting) == BATCH_PIECES):
+                yield from self._send(target, waiting)
+                waiting, size = [], 0
+            waiting.append(piece)
+            size += length
+        yield from self._send(target, waiting)
+
+    def _send(self, target: str, batch: list[Piece]) -> Iterator[peer_pb2.SendRequest]:
+        if len(batch) < 2:
+            yield from self.requests(target, batch)
+            return
+        parts = [part for item in batch for part in (item.offset, -item.length if item.data is None else item.length)]
+        data = b"".join([item.data for item in batch if item.data is not None])
+        request = self._request(target, Piece(0, len(data), data or None))
+        request.parts.extend(parts)
+        self._digests.of(target).add_parts(parts, request.checksum)
+        yield from self._out(request, sum(item.length for item in batch))
+
+    def _out(self, request: peer_pb2.SendRequest, content_bytes: int) -> Iterator[peer_pb2.SendRequest]:
+        wire = len(request.data) + len(request.target) + 64 + 6 * len(request.parts)
+        self._meter.count(request.target, content_bytes, wire)
+        began = time.perf_counter()
+        yield request
+        self._compression.link(wire, time.perf_counter() - began)
+        self._sent()
 
     def _request(self, target: str, piece: Piece) -> peer_pb2.SendRequest:
         request = peer_pb2.SendRequest(
@@ -169,15 +205,35 @@ class Receiver:
         self._decompressor = zstandard.ZstdDecompressor()
 
     def piece(self, request: peer_pb2.SendRequest) -> Piece:
-        """The piece of one request. Raises PeerError if its length, encoding or checksum is wrong."""
+        """The only piece of one request. Raises PeerError if its length, encoding or checksum is wrong."""
+        if request.parts:
+            raise PeerError(f"{request.target}: many pieces in one")
+        piece = self._checked(request)
+        self._digests.of(request.target).add(piece, request.checksum)
+        return piece
+
+    def pieces(self, request: peer_pb2.SendRequest) -> list[Piece]:
+        """All pieces of one request that `batched` may have made. Raises as `piece` does."""
+        if not request.parts:
+            return [self.piece(request)]
+        data = memoryview(self._checked(request).data or b"")
+        offsets, lengths = request.parts[::2], request.parts[1::2]
+        if len(offsets) != len(lengths) or min(offsets) < 0 or sum(max(0, length) for length in lengths) != len(data):
+            raise PeerError(f"{request.target}: pieces that do not fit together")
+        self._digests.of(request.target).add_parts(request.parts, request.checksum)
+        found, at = [], 0
+        for offset, length in zip(offsets, lengths, strict=True):
+            found.append(Piece(offset, abs(length), data[at : at + length] if length > 0 else None))
+            at += max(0, length)
+        return found
+
+    def _checked(self, request: peer_pb2.SendRequest) -> Piece:
         data = self._data(request)
-        piece = Piece(request.offset, request.length, data)
         if request.offset < 0 or request.length < 0:
             raise PeerError(f"{request.target}: a piece of {request.length} bytes at {request.offset}")
         if data is not None and xxhash.xxh3_64_intdigest(data) != request.checksum:
             raise PeerError(f"{request.target}: the piece at {request.offset} arrived damaged", reason="CHECKSUM")
-        self._digests.of(request.target).add(piece, request.checksum)
-        return piece
+        return Piece(request.offset, request.length, data)
 
     def _data(self, request: peer_pb2.SendRequest) -> bytes | None:
         if request.encoding == peer_pb2.ENCODING_ZEROS:

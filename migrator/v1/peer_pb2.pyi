@@ -128,7 +128,7 @@ class PrepareResponse(_message.Message):
     def __init__(self, has_base: _Optional[bool] = ...) -> None: ...
 
 class SendRequest(_message.Message):
-    __slots__ = ("migration", "epoch", "target", "offset", "length", "encoding", "data", "checksum", "stream", "number")
+    __slots__ = ("migration", "epoch", "target", "offset", "length", "encoding", "data", "checksum", "stream", "number", "parts")
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class SendRequest(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     migration: str
     epoch: int
     target: str
@@ -149,7 +150,8 @@ class SendRequest(_message.Message):
     checksum: int
     stream: int
     number: int
-    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., stream: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+    parts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., stream: _Optional[int] = ..., number: _Optional[int] = ..., parts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SendResponse(_message.Message):
     __slots__ = ("received",)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from blockdev.blocks import Piece, split_zeros
 from migrator.errors import PeerError
-from migrator.stream import MAX_PIECE_BYTES, Compression, Digests, Meter, Receiver, Sender
+from migrator.stream import BATCH_BYTES, MAX_PIECE_BYTES, Compression, Digests, Meter, Receiver, Sender
 from migrator.v1 import peer_pb2
 
 BLOCKS = st.lists(
@@ -36,6 +36,35 @@ def test_what_is_sent_arrives(blocks: list[bytes]) -> None:
     pieces = [receiver.piece(peer_pb2.SendRequest.FromString(r.SerializeToString())) for r in requests]
     assert _join(pieces) == data
     assert sent.all() == stored.all()
+
+
+PIECES = st.lists(
+    st.tuples(
+        st.integers(0, 1 << 40),
+        st.one_of(st.just(bytes(4096)), st.binary(min_size=1, max_size=9).map(lambda b: b * 9000)),
+    ),
+    max_size=40,
+)
+
+
+@given(PIECES)
+def test_many_in_one_arrive(given: list[tuple[int, bytes]]) -> None:
+    """In order, with zeros between them, and few requests for many pieces."""
+    pieces = [Piece(offset, len(data), data if any(data) else None) for offset, data in given]
+    sent, stored = Digests(), Digests()
+    meter = Meter()
+    sender, receiver = Sender("m", 1, sent, meter), Receiver(stored)
+    requests = list(sender.batched("memory/1", pieces))
+    arrived = [
+        piece
+        for request in requests
+        for piece in receiver.pieces(peer_pb2.SendRequest.FromString(request.SerializeToString()))
+    ]
+    assert arrived == pieces
+    assert sent.all() == stored.all()
+    assert meter.content_bytes.get("memory", 0) == sum(piece.length for piece in pieces)
+    bytes_sent = sum(piece.length for piece in pieces if piece.data)
+    assert len(requests) <= 1 + 2 * bytes_sent // BATCH_BYTES
 
 
 def test_zeros_carry_no_bytes() -> None:
@@ -77,6 +106,14 @@ BOMB = zstandard.ZstdCompressor().compress(bytes(1 << 30))
 def test_damaged_pieces_are_refused(request_: peer_pb2.SendRequest) -> None:
     with pytest.raises(PeerError):
         Receiver(Digests()).piece(request_)
+
+
+@pytest.mark.parametrize("parts", [[0], [0, 2], [0, 4], [0, 2, 0, 2], [-1, 3], [0, 3, 5, 1]])
+def test_pieces_that_do_not_fit_together_are_refused(parts: list[int]) -> None:
+    with pytest.raises(PeerError):
+        Receiver(Digests()).pieces(_plain(b"abc", parts=parts))
+    with pytest.raises(PeerError):
+        Receiver(Digests()).piece(_plain(b"abc", parts=[0, 3]))
 
 
 def test_a_lost_piece_shows_in_the_digest() -> None:
