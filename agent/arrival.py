@@ -25,6 +25,8 @@ from agent.specs import check_arrival, check_binds
 from blockdev.blocks import Piece
 from migrator.errors import ExecutionError, NotFound
 from migrator.hold import TrafficHold
+from migrator.shm import images as shared_images
+from migrator.shm.store import SharedStore
 from migrator.source import FEATURES, Here
 from migrator.v1 import container_pb2, peer_pb2
 
@@ -48,6 +50,7 @@ class Arriving:
         self._folder = managers.migration_folder(request.migration)
         self._restore = HeldRestore(self._folder)
         cgroup = managers.runtime.cgroup(self._name).freezer
+        self.shared = SharedStore()
         self._memory = ArrivingMemory(self._folder, self._restore.images, self._paths.bundle, cgroup)
         self._state = State(container_pb2.ContainerState.Name(request.state).removeprefix("CONTAINER_STATE_").lower())
         self._launch: Launch | None = None
@@ -161,8 +164,12 @@ class Arriving:
         began = time.monotonic()
         if self._request.memory_bytes:
             self._memory.prepare()
+        shared = shared_images.amend(self._restore.images, self.shared)
+        self._restore.inherit(shared)
         prepared = time.monotonic()
         self._restore.restore(self._launch, self._paths.bundle / RESTORE_LOG)
+        shared.seal()
+        self.shared.close()
         restored = time.monotonic()
         return {"images": (prepared - began) * 1000, "restore": (restored - prepared) * 1000}
 
@@ -259,6 +266,7 @@ class Arriving:
             shutil.rmtree(self._folder)
 
     def _close(self) -> None:
+        self.shared.close()
         self._restore.close()
         self._snapshots.close()
         if self._launch is not None:

@@ -346,11 +346,11 @@ class _Dump:
         self._request = request
         self._cgroup = cgroup
 
-    def dump(self) -> None:
+    def dump(self, sent: Sequence[os.stat_result]) -> None:
         """Write the images; on return the tasks are stopped by CRIU and by the control group."""
         if self._request.parent is not None:
             write_parent(self._request.parent, map(pid_inside, self._cgroup.pids()))
-        self._criu.dump(self._request, DUMP_TIMEOUT_S)
+        self._criu.dump(self._request, DUMP_TIMEOUT_S, sent)
         self._cgroup.freeze()
 
 

@@ -22,6 +22,7 @@ from agent.processes import Process, command
 from agent.runtime import Launch
 from migrator.errors import ExecutionError
 from migrator.images import last_errors
+from migrator.shm.images import Amended
 
 WARM_TIMEOUT_S = 20.0
 HELD_TIMEOUT_S = 20.0
@@ -40,6 +41,7 @@ if mkdir asked 2>/dev/null; then
     [ "$word" = go ] || exit 1
     exit $status
 fi
+[ -e inherit ] && exec bash ./inherit {criu} "$@"
 exec {criu} "$@"
 """
 
@@ -105,6 +107,13 @@ class HeldRestore:
         for name in ("said", "go", "verdict"):
             os.mkfifo(self._folder / name, 0o600)
         self._said = os.open(self._folder / "said", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def inherit(self, amended: Amended) -> None:
+        """Have CRIU inherit these, which this process holds open until every task is restored."""
+        if amended.inherited:
+            with self.configuration.open("a") as configuration:
+                configuration.write(amended.options())
+            (self._folder / "inherit").write_text(amended.script())
 
     def wait_warm(self, launch: Launch) -> None:
         """Wait until runc waits."""

@@ -11,7 +11,7 @@ pycriu's own helper, which forks: forking is unsafe once gRPC has threads.
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,8 @@ from pycriu import rpc_pb2 as rpc
 from migrator.errors import ExecutionError
 from migrator.images import last_errors, rearm_timers
 from migrator.pageless import Pageless
+from migrator.shm import preload
+from migrator.shm.preload import LeaveOut
 
 MESSAGE_BYTES = 1 << 20
 GHOST_LIMIT_BYTES = 1 << 30
@@ -52,13 +54,17 @@ class Criu:
     ROLLBACK_S = 5.0
 
     def __init__(self, program: str, environment: Mapping[str, str], pageless: Pageless | None = None) -> None:
-        """With `pageless` it can dump against a parent that has every page."""
+        """With `pageless` it can dump against a parent that has every page, and without shared memory."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._leave_out = None if pageless is None or not preload.works() else LeaveOut()
         with theirs:
-            command = [program, "swrk", str(theirs.fileno())]
+            command, passed = [program, "swrk", str(theirs.fileno())], [theirs.fileno()]
+            if self._leave_out is not None:
+                passed.append(self._leave_out.descriptor)
+                environment = {**environment, **self._leave_out.environment}
             self._process = subprocess.Popen(
                 command if pageless is None else pageless.command(command),
-                pass_fds=[theirs.fileno()],
+                pass_fds=passed,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -87,6 +93,8 @@ class Criu:
             self._process.wait(self.ROLLBACK_S)
         except subprocess.TimeoutExpired:
             self.kill()
+        if self._leave_out is not None:
+            self._leave_out.close()
 
     @property
     def pid(self) -> int:
@@ -98,12 +106,16 @@ class Criu:
         self._process.kill()
         self._process.wait()
 
-    def dump(self, request: DumpRequest, timeout_s: float) -> None:
+    def dump(self, request: DumpRequest, timeout_s: float, sent: Sequence[os.stat_result] = ()) -> None:
         """Dump the tree into `request.images` and return with its tasks stopped.
+
+        `sent` are objects of shared memory whose contents are left out, by their state now that the tasks are frozen.
 
         Raises ExecutionError with the last errors of CRIU's log; the tasks are let go then.
         """
         log = request.work / LOG
+        if self._leave_out is not None:
+            self._leave_out.tell(sent)
         images = os.open(request.images, os.O_RDONLY | os.O_DIRECTORY)
         work = os.open(request.work, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -25,6 +25,7 @@ from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
 from migrator.memory_copy import ADDRESS_END
 from migrator.numbered import Inbound
 from migrator.ports import ArrivalHost, Reservation
+from migrator.shm import targets
 from migrator.stream import Digests, Receiver
 from migrator.v1 import container_pb2, peer_pb2
 
@@ -309,7 +310,11 @@ class Arrival:
         elif kind == "snapshot":
             self._reservation.write_snapshot(name, self._receiver.piece(request))
         elif kind == "memory" and self._live and name.isdecimal():
-            blocks.write(self._memory_file(name), self._receiver.piece(request), ADDRESS_END)
+            for piece in self._receiver.pieces(request):
+                blocks.write(self._memory_file(name), piece, ADDRESS_END)
+        elif kind == targets.KIND and self._live:
+            for piece in self._receiver.pieces(request):
+                self._reservation.shared.write(name, piece)
         elif kind == "image" and self._live:
             write_file(self._reservation.images, name, self._receiver.piece(request))
         elif request.target == "log":

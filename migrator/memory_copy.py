@@ -3,6 +3,7 @@
 Each process is a target of its own, named by its pid inside the container; offsets are its addresses.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 
@@ -13,6 +14,7 @@ from blockdev.blocks import Piece
 from blockdev.extents import Range
 from migrator.errors import ExecutionError
 from migrator.memory import Collected, Gone, MemoryTracker, Moment, ProcessGone, ProcessKey, mappings
+from migrator.shm.copy import SharedCopy
 from migrator.stream import Sender
 from migrator.v1 import peer_pb2
 
@@ -23,7 +25,7 @@ log = structlog.get_logger()
 
 
 class MemoryCopy:
-    """Copies the private memory of one container's processes."""
+    """Copies the memory of one container's processes, private and shared."""
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class MemoryCopy:
         self._tracker = tracker
         self._pause = pause
         self._pid_inside = pid_inside
+        self._shared = SharedCopy(tracker)
         self._written: dict[ProcessKey, list[Range]] = {}
         self._gone: dict[ProcessKey, list[Range]] = {}
         # Which process each target holds: a pid may be used again.
@@ -60,7 +63,11 @@ class MemoryCopy:
             self._gone.pop(key, None)
         if moment is Moment.LAST:
             self._add_vdso()
-        return sum(map(extents.total, self._written.values()))
+        return sum(map(extents.total, self._written.values())) + self._shared.add(found, moment)
+
+    def left_out(self) -> list[os.stat_result]:
+        """With the container frozen: the shared memory that CRIU need not dump."""
+        return self._shared.left_out()
 
     def _look(self, moment: Moment) -> Collected:
         if moment is not Moment.RUNNING and (problems := self._tracker.drain()):
@@ -80,9 +87,10 @@ class MemoryCopy:
         for key, ranges in written.items():
             try:
                 target = f"memory/{self._pid_inside(key.pid)}"
-                yield from sender.requests(target, self._pieces(target, key, ranges, gone[key]))
+                yield from sender.batched(target, self._pieces(target, key, ranges, gone[key]))
             except ProcessGone:
                 continue  # the next collect says so, too
+        yield from self._shared.requests(sender)
 
     def _pieces(self, target: str, key: ProcessKey, written: Iterable[Range], gone: Iterable[Range]) -> Iterator[Piece]:
         if self._owners.setdefault(target, key) != key:

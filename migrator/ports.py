@@ -3,6 +3,7 @@
 Every method is synchronous, raises a MigratorError if it failed, and may be called again after it failed.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Protocol
 from blockdev.blocks import Piece
 from blockdev.tracker import WriteTracker
 from migrator.memory import MemoryTracker
+from migrator.shm.store import SharedStore
 from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, peer_pb2
 
@@ -29,8 +31,9 @@ class LeavingVolume:
 class Checkpoint(Protocol):
     """A CRIU process that waits; after `dump` it holds the tasks until the context ends."""
 
-    def dump(self) -> None:
-        """Write the container's images into its images folder."""
+    def dump(self, sent: Sequence[os.stat_result]) -> None:
+        """Write the container's images into its images folder, without the contents of these objects of shared memory:
+        their state, now that the tasks are frozen, says which they are."""
 
 
 class LeavingContainer(Protocol):
@@ -124,6 +127,7 @@ class Reservation(Protocol):
 
     has_base: bool
     """The first volume began as a clone of the image of the container's name for it."""
+    shared: SharedStore
 
     @property
     def volumes(self) -> Sequence[Path]:

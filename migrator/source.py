@@ -156,7 +156,7 @@ class Departure:
                     copy = self._precopy(undo, prepared)
                     rehearsal = undo.enter_context(self._rehearse())
                 with phase("freeze"):
-                    self._freeze(undo, prepared.checkpoint, rehearsal)
+                    self._freeze(undo, prepared, rehearsal)
                 with phase("final"):
                     self._final(copy, prepared.memory)
                 with phase("restore"):
@@ -305,8 +305,9 @@ class Departure:
             rehearsal.enter_context(self._container.volumes_ready())
         return rehearsal
 
-    def _freeze(self, undo: ExitStack, checkpoint: Checkpoint | None, rehearsal: ExitStack) -> None:
+    def _freeze(self, undo: ExitStack, prepared: _Prepared, rehearsal: ExitStack) -> None:
         self._frozen_at = time.monotonic()
+        checkpoint, memory = prepared.checkpoint, prepared.memory
         if checkpoint is None:
             return
         container, step = self._container, self._progress.step
@@ -318,7 +319,7 @@ class Departure:
             container.disconnect()
         faults.point("source.freeze")
         with step("dump"):
-            checkpoint.dump()
+            checkpoint.dump(memory.left_out() if memory else [])
         faults.point("source.dump")
         with step("file system"):
             rehearsal.close()
@@ -461,7 +462,7 @@ class Departure:
         content = self._meter.content_bytes
         copied = content.get("volume", 0) + content.get("snapshot", 0)
         self._progress.sent(
-            memory=content.get("memory", 0) + content.get("image", 0),
+            memory=sum(content.get(kind, 0) for kind in ("memory", "shared", "image")),
             disk=copied,
             wire=self._meter.wire_bytes,
             part=copied / self._planned_bytes if self._planned_bytes else 1.0,

@@ -5,6 +5,7 @@ finished. The same for either agent dying at every call, and for a link that is 
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -173,6 +174,10 @@ def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "conta
         assert made.volumes[0].read_bytes() == pair.container.image.read_bytes()
         assert made.log.read_text() == "a line\n"
         if state == LIVE:
+            shared = made.shared.memfd(7)
+            assert shared is not None
+            assert os.pread(shared, 8192, 0) == b"s" * 4096
+            assert pair.container.left_out == 1
             with (made.memory / "mem-7").open("rb") as memory:
                 one, other = FakeMemory.pages
                 memory.seek(one.start)

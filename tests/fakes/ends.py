@@ -5,6 +5,7 @@ after, and what is raised. What exists at a host is a set of words, so that a te
 """
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from migrator.destination import Arrivals
 from migrator.errors import ExecutionError, Unreachable
 from migrator.files import write_file
 from migrator.handover import Incoming, Outgoing, Stage
-from migrator.memory import Collected, Gone, Moment, ObjectKey, ProcessChange, ProcessKey
+from migrator.memory import Collected, Gone, Moment, ObjectKey, ProcessChange, ProcessKey, SharedChange
 from migrator.numbered import Outbound
 from migrator.ports import LeavingVolume
+from migrator.shm import targets
+from migrator.shm.store import SharedStore
 from migrator.snapshots import LeavingSnapshot
 from migrator.source import FEATURES
 from migrator.v1 import container_pb2, peer_pb2
@@ -105,13 +108,18 @@ class FakeTracker:
 
 
 class FakeMemory:
-    """One process (`migrator.memory.MemoryTracker`): two pages, of which one is written again and the other goes."""
+    """One process (`migrator.memory.MemoryTracker`): two pages, of which one is written again, the other goes; and an
+    object of shared memory that it has all the time."""
 
     name = "fake"
     needs_pause = False
     # No machine has a process of this pid.
     process = ProcessKey(1 << 23, 1)
     pages = (Range(4096, 8192), Range(1 << 40, (1 << 40) + 4096))
+
+    shared = SharedChange(
+        ObjectKey(targets.internal_device(), 7), "/memfd:fake (deleted)", 8192, [Range(0, 4096)], [Range(4096, 8192)]
+    )
 
     def __init__(self) -> None:
         one, other = self.pages
@@ -124,7 +132,7 @@ class FakeMemory:
         pass
 
     def collect(self, moment: Moment = Moment.RUNNING) -> Collected:
-        return Collected([self._looks.pop()] if self._looks else [])
+        return Collected([self._looks.pop()] if self._looks else [], [self.shared])
 
     def drain(self, seconds: float = 1.0) -> list[str]:
         return []
@@ -135,7 +143,12 @@ class FakeMemory:
             yield Gone(part.start, part.end) if is_gone else Piece(part.start, part.length, b"m" * part.length)
 
     def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
-        raise AssertionError("there is none")
+        assert key == self.shared.key
+        yield Piece(0, 4096, b"s" * 4096)
+
+    def status(self, key: ObjectKey) -> os.stat_result:
+        assert key == self.shared.key
+        return Path("/").stat()
 
     def close(self) -> None:
         pass
@@ -226,7 +239,8 @@ class FakeLeaving:
             with self._call("source.end of CRIU"):
                 pass
 
-    def dump(self) -> None:
+    def dump(self, sent: Sequence[os.stat_result]) -> None:
+        self.left_out = len(sent)
         with self._call("source.dump"):
             assert self.frozen
             self.criu_holds = True
@@ -315,6 +329,7 @@ class FakeReservation:
         self.left: set[str] = set()
         self.owned = False
         self.has_base = True
+        self.shared = SharedStore()
 
     def reserve(self) -> None:
         with self._call("destination.reserve"):

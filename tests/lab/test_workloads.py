@@ -10,7 +10,7 @@ ADDRESS = "10.77.2.110"
 MOVES = (("host-a", "host-b"), ("host-b", "host-a"))
 
 
-@pytest.mark.parametrize("feature", ["threads", "tree", "sockets", "timers", "signals", "deleted", "shm"])
+@pytest.mark.parametrize("feature", ["threads", "tree", "sockets", "timers", "signals", "deleted", "shm", "pool"])
 def test_it_survives(lab: Lab, feature: str) -> None:
     """Asked by the client before, between and after: nothing wrong, nothing different, everything goes on."""
     lab.start_workload("host-a", feature, feature, ADDRESS, "--disk", "1GiB")

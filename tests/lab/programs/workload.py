@@ -1,6 +1,6 @@
 """What runs inside a container and tells whether it has survived; standard library only.
 
-workload.py FEATURE        threads, tree, sockets, timers, signals, deleted, shm or lines
+workload.py FEATURE        threads, tree, sockets, timers, signals, deleted, shm, pool or lines; a number may follow
 
 It answers each line that comes to TCP port 7000 with one JSON object:
 - wrong: what is not as it must be, in words; empty in a healthy process
@@ -8,7 +8,9 @@ It answers each line that comes to TCP port 7000 with one JSON object:
 - grows: counters that go on
 """
 
+import array
 import ctypes
+import fcntl
 import hashlib
 import json
 import mmap
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PORT = 7000
+PAGE = 4096
 Facts = dict[str, object]
 MULTIPLIER, INCREMENT, MASK = 6364136223846793005, 1442695040888963407, (1 << 64) - 1
 
@@ -376,6 +379,87 @@ def shm() -> Callable[[], Facts]:
     return facts
 
 
+def pool(mebibytes: int = 24) -> Callable[[], Facts]:
+    """Shared memory of every kind, written by mapping, by children that end, and by write(2).
+
+    What each page has to be is kept in private memory: one that is older than that shows.
+    """
+    pages = (mebibytes << 20) // 3 // PAGE
+    buffer = os.memfd_create("pool", os.MFD_ALLOW_SEALING)
+    os.ftruncate(buffer, 2 * pages * PAGE)  # half of it stays a hole
+    sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.write(sealed, b"to be kept")
+    fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    reader = os.open(f"/proc/self/fd/{buffer}", os.O_RDONLY)
+    os.lseek(reader, 12345, os.SEEK_SET)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.shmat.restype = ctypes.c_void_p
+    system_v = (ctypes.c_char * (pages * PAGE)).from_address(libc.shmat(libc.shmget(0, pages * PAGE, 0o1600), None, 0))
+    memories = (mmap.mmap(-1, pages * PAGE), system_v, mmap.mmap(buffer, pages * PAGE))
+    turns = [array.array("Q", [0]) * pages for _ in memories]
+    turn, lock = [0], threading.Lock()
+
+    def content(page: int, at: int) -> bytes:
+        return struct.pack("QQ", page, at) * (PAGE // 16)
+
+    for page in range(pages):
+        for memory in memories:
+            memory[page * PAGE : (page + 1) * PAGE] = content(page, 0)
+
+    def write_some() -> None:
+        turn[0] += 1
+        chosen = [[random.randrange(pages) for _ in range(20)] for _ in memories]
+        child = os.fork() if turn[0] % 20 == 0 else -1
+        if child <= 0:
+            for memory, some in zip(memories, chosen, strict=True):
+                for page in some:
+                    memory[page * PAGE : (page + 1) * PAGE] = content(page, turn[0])
+            os.pwrite(buffer, content(chosen[2][0], turn[0]), chosen[2][0] * PAGE)
+            if child == 0:
+                os._exit(0)
+        else:
+            os.waitpid(child, 0)
+        for known, some in zip(turns, chosen, strict=True):
+            for page in some:
+                known[page] = turn[0]
+
+    def write() -> None:
+        while True:
+            with lock:
+                write_some()
+            time.sleep(0.002)
+
+    threading.Thread(target=write, daemon=True).start()
+
+    def facts() -> Facts:
+        wrong = []
+        with lock:
+            for name, memory, known in zip(("anonymous", "System V", "memfd"), memories, turns, strict=True):
+                bad = sum(
+                    memory[page * PAGE : (page + 1) * PAGE] != content(page, known[page]) for page in range(pages)
+                )
+                if bad:
+                    wrong.append(f"{bad} of {pages} pages of {name} memory")
+            if os.pread(buffer, PAGE, 0) != memories[2][:PAGE]:
+                wrong.append("the memfd and its mapping are not the same")
+        if os.pread(sealed, 100, 0) != b"to be kept":
+            wrong.append("the sealed memfd")
+        return {
+            "wrong": wrong,
+            "same": {
+                "seals": fcntl.fcntl(sealed, fcntl.F_GET_SEALS),
+                "blocks": os.fstat(buffer).st_blocks,
+                "size": os.fstat(buffer).st_size,
+                "position": os.lseek(reader, 0, os.SEEK_CUR),
+                "flags": fcntl.fcntl(reader, fcntl.F_GETFL) & os.O_ACCMODE,
+                "name": str(Path(f"/proc/self/fd/{buffer}").readlink()),
+            },
+            "grows": {"turn": turn[0]},
+        }
+
+    return facts
+
+
 def lines() -> Callable[[], Facts]:
     """Numbered lines to standard output and error, without a break."""
     written = [0]
@@ -392,15 +476,15 @@ def lines() -> Callable[[], Facts]:
     return lambda: {"wrong": [], "same": {}, "grows": {"written": written[0]}}
 
 
-FEATURES = {
+FEATURES: dict[str, Callable[..., Callable[[], Facts]]] = {
     "threads": threads, "tree": tree, "sockets": sockets, "timers": timers, "signals": signals, "deleted": deleted,
-    "shm": shm, "lines": lines,
+    "shm": shm, "pool": pool, "lines": lines,
 }  # fmt: skip
 ANSWERS: dict[str, Callable[[], Facts]] = {}
 
 
-def main(feature: str) -> None:
-    ANSWERS["facts"] = FEATURES[feature]()
+def main(feature: str, *numbers: str) -> None:
+    ANSWERS["facts"] = FEATURES[feature](*map(int, numbers))
     listener = socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
     connections: list[socket.socket] = []
     while True:
@@ -417,4 +501,4 @@ def main(feature: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

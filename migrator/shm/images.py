@@ -1,0 +1,233 @@
+"""CRIU's images of shared memory, amended at the destination: memfds are handed to CRIU instead of being made by it.
+
+CRIU takes a descriptor that it inherits (`inherit-fd`) for a memfd's file by the memfd's name (criu/memfd.c, 4.2). So
+each open file of a memfd gets an inode entry of its own in the images, with a name that only its descriptor has; the
+object behind it is the one in the store, with all that was sent. Shared anonymous memory is a memfd in the images.
+
+CRIU makes System V memory itself, and reads its contents from images; so it does for memfds in odd cases (open for
+writing only, or with flags, or mapped both for reading only and for writing). For these the pages are copied here.
+"""
+
+import fcntl
+import os
+import secrets
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycriu.images import fdinfo_pb2, ipc_shm_pb2, memfd_pb2, mm_pb2, pagemap_pb2
+
+from blockdev import extents
+from blockdev.extents import Range
+from migrator.errors import ExecutionError
+from migrator.images import HEADER_BYTES, entries, joined
+from migrator.memory.pagemap import PAGE_BYTES
+from migrator.shm.store import SharedStore
+
+_FIRST_INHERITED = 10
+_VMA_MEMFD = 1 << 14
+_PRESENT = 4
+_O_LARGEFILE = 0o100000
+_PIECE_BYTES = 1 << 20
+# Of one entry of a pagemap, which CRIU counts in an int.
+_LARGEST_ENTRY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """One open file for CRIU to inherit: what CRIU knows it by, of which descriptor here, how, and its position."""
+
+    key: str
+    descriptor: int
+    is_writable: bool
+    position: int
+
+
+@dataclass(frozen=True)
+class Seals:
+    """What may no longer be done to an object, in force once everything is mapped."""
+
+    descriptor: int
+    seals: int
+
+
+@dataclass(frozen=True)
+class Amended:
+    """What the restore needs besides the images."""
+
+    inherited: list[Inherited]
+    seals: list[Seals]
+
+    def options(self) -> str:
+        """Lines for a configuration file of CRIU's."""
+        return "".join(f"inherit-fd fd[{number}]:{file.key}\n" for number, file in self._numbered())
+
+    def script(self) -> str:
+        """For bash (/bin/sh may not know descriptors of two digits): opens the files and becomes the command that it is
+        given. This process has to hold the store until every task is restored."""
+        lines = []
+        for number, file in self._numbered():
+            how = "<>" if file.is_writable else "<"
+            lines.append(f"exec {number}{how}/proc/{os.getpid()}/fd/{file.descriptor} || exit\n")
+            if file.position:
+                lines.append(f"dd status=none bs=1 count=0 skip={file.position} <&{number} || exit\n")
+        return "".join(lines) + 'exec "$@"\n'
+
+    def _numbered(self) -> Iterator[tuple[int, Inherited]]:
+        return enumerate(self.inherited, _FIRST_INHERITED)
+
+    def seal(self) -> None:
+        """When every task is restored: some seals forbid what restoring needs."""
+        for item in self.seals:
+            fcntl.fcntl(item.descriptor, fcntl.F_ADD_SEALS, item.seals)
+
+
+def amend(images: Path, store: SharedStore) -> Amended:
+    """Point the images to the store's objects, and give the objects the size and mode that they have to have.
+
+    Raises ExecutionError where the images do not fit together.
+    """
+    for image in images.glob("ipcns-shm-*.img"):
+        for number in _system_v_ids(image):
+            if (descriptor := store.system_v(number)) is not None:
+                _write_pages(images, number, descriptor)
+    return _amend_memfds(images, store)
+
+
+def _amend_memfds(images: Path, store: SharedStore) -> Amended:
+    inherited: list[Inherited] = []
+    seals: list[Seals] = []
+    inodes = _read_inodes(images / "memfd.img")
+    stored = {}
+    for inode in inodes:
+        descriptor = store.memfd(inode.shmid)
+        if descriptor is not None and not _has_pages(images, inode.shmid):
+            stored[inode.inode_id] = descriptor
+    if not stored:
+        return Amended(inherited, seals)
+    header, files = _read_files(images / "files.img")
+    by_inode: dict[int, list[fdinfo_pb2.file_entry]] = defaultdict(list)
+    for file in files:
+        if file.type == fdinfo_pb2.MEMFD:
+            by_inode[file.memfd.inode_id].append(file)
+    mapped = _mapped(images)
+    next_id = max(inode.inode_id for inode in inodes) + 1
+    token = secrets.token_hex(8)
+    amended = []
+    for inode in inodes:
+        descriptor = stored.get(inode.inode_id)
+        if descriptor is None:
+            amended.append(inode)
+            continue
+        own = by_inode[inode.inode_id]
+        if not all(_is_plain(file.memfd, mapped.get(file.id)) for file in own):
+            os.ftruncate(descriptor, inode.size)
+            _write_pages(images, inode.shmid, descriptor)
+            amended.append(inode)
+            continue
+        _dress(descriptor, inode)
+        if inode.seals:
+            seals.append(Seals(descriptor, inode.seals))
+        for file in own:
+            clone = memfd_pb2.memfd_inode_entry()
+            clone.CopyFrom(inode)
+            clone.inode_id, clone.name = next_id, f"migrator-{token}-{next_id}"
+            file.memfd.inode_id = next_id
+            amended.append(clone)
+            modes = mapped.get(file.id) or {file.memfd.flags & os.O_ACCMODE}
+            position = 0 if file.id in mapped else file.memfd.pos
+            inherited.append(Inherited(f"/memfd:{clone.name}", descriptor, os.O_RDWR in modes, position))
+            next_id += 1
+    _write(images / "files.img", header, [file.SerializeToString() for file in files])
+    head = (images / "memfd.img").read_bytes()[:HEADER_BYTES]
+    _write(images / "memfd.img", head, [inode.SerializeToString() for inode in amended])
+    return Amended(inherited, seals)
+
+
+def _is_plain(file: memfd_pb2.memfd_file_entry, modes: set[int] | None) -> bool:
+    """Whether a descriptor that was only opened is all there is to it."""
+    if modes is not None:
+        return len(modes) == 1 and os.O_WRONLY not in modes
+    return file.flags & ~_O_LARGEFILE in (os.O_RDONLY, os.O_RDWR) and not file.fown.pid
+
+
+def _dress(descriptor: int, inode: memfd_pb2.memfd_inode_entry) -> None:
+    os.ftruncate(descriptor, inode.size)
+    os.fchown(descriptor, inode.uid, inode.gid)
+    if inode.HasField("mode"):
+        os.fchmod(descriptor, inode.mode & 0o7777)
+
+
+def _mapped(images: Path) -> dict[int, set[int]]:
+    """The ids of files that mappings of memfds are of, with the access modes of these."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for path in images.glob("mm-*.img"):
+        for message in entries(path.read_bytes()):
+            for vma in mm_pb2.mm_entry.FromString(message).vmas:
+                if vma.status & _VMA_MEMFD:
+                    found[vma.shmid].add(vma.fdflags & os.O_ACCMODE)
+    return found
+
+
+def _read_inodes(path: Path) -> list[memfd_pb2.memfd_inode_entry]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [memfd_pb2.memfd_inode_entry.FromString(message) for message in entries(content)]
+
+
+def _read_files(path: Path) -> tuple[bytes, list[fdinfo_pb2.file_entry]]:
+    content = path.read_bytes()
+    return content[:HEADER_BYTES], [fdinfo_pb2.file_entry.FromString(message) for message in entries(content)]
+
+
+def _system_v_ids(path: Path) -> Iterator[int]:
+    for message in entries(path.read_bytes()):
+        yield ipc_shm_pb2.ipc_shm_entry.FromString(message).desc.id
+
+
+def _has_pages(images: Path, number: int) -> bool:
+    """Whether CRIU has dumped the contents itself: it knew the object and the source did not."""
+    path = images / f"pagemap-shmem-{number}.img"
+    return path.exists() and len(list(entries(path.read_bytes()))) > 1
+
+
+def _write_pages(images: Path, number: int, descriptor: int) -> None:
+    """The object's contents as CRIU's images, beginning from those without any that CRIU has written."""
+    path = images / f"pagemap-shmem-{number}.img"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return  # of no size
+    messages = list(entries(content))
+    if len(messages) != 1:
+        return
+    pages = images / f"pages-{pagemap_pb2.pagemap_head.FromString(messages[0]).pages_id}.img"
+    size = os.fstat(descriptor).st_size
+    output = os.open(pages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        for data in extents.allocated(descriptor, size):
+            whole = Range(data.start, -(-data.end // PAGE_BYTES) * PAGE_BYTES)
+            for part in extents.pieces([whole], _LARGEST_ENTRY_BYTES):
+                count = part.length // PAGE_BYTES
+                entry = pagemap_pb2.pagemap_entry(
+                    vaddr=part.start, nr_pages=count, compat_nr_pages=count, flags=_PRESENT
+                )
+                messages.append(entry.SerializeToString())
+                _copy(descriptor, part, output)
+    finally:
+        os.close(output)
+    _write(path, content[:HEADER_BYTES], messages)
+
+
+def _copy(source: int, part: Range, output: int) -> None:
+    for piece in extents.pieces([part], _PIECE_BYTES):
+        data = os.pread(source, piece.length, piece.start).ljust(piece.length, b"\0")
+        if os.write(output, data) != len(data):
+            raise ExecutionError("the folder of CRIU's images is full")
+
+
+def _write(path: Path, header: bytes, messages: list[bytes]) -> None:
+    path.write_bytes(header + joined(messages))

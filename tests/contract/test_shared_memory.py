@@ -1,0 +1,222 @@
+"""Shared memory of a real process tree, carried from a tracker to a restore by the CRIU of this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_kit import eventually, tree
+
+from agent.runtime import PRIVATE_PROGRAMS, SYSTEM_PATH, find_program
+from blockdev import extents
+from blockdev.blocks import Piece
+from blockdev.extents import Range
+from migrator import memory
+from migrator.errors import PeerError
+from migrator.images import entries, last_errors
+from migrator.memory import Moment
+from migrator.shm import images as shared_images
+from migrator.shm import targets
+from migrator.shm.copy import SharedCopy
+from migrator.shm.preload import LeaveOut
+from migrator.shm.store import SharedStore
+from migrator.stream import Digests, Meter, Receiver, Sender
+
+pytestmark = pytest.mark.root
+
+PROGRAMS = Path(__file__).parents[1] / "lab/programs"
+# Answers into a file when there is a question: it must have no pipe to a process that is not dumped.
+DRIVER = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import workload
+folder, facts = Path(sys.argv[2]), workload.pool(12)
+while True:
+    if (folder / "ask").exists():
+        (folder / "ask").unlink()
+        (folder / "new").write_text(json.dumps(facts()))
+        (folder / "new").rename(folder / "answer")
+    time.sleep(0.005)
+"""
+
+
+class Pool:
+    """The workload `pool`, in a namespace of its own for System V memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        command = ["unshare", "--ipc", "setsid", sys.executable, "-c", DRIVER, str(PROGRAMS), str(folder)]
+        nothing = subprocess.DEVNULL
+        self.running = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, cwd="/")
+        self.pid = self.running.pid
+
+    def ask(self) -> dict[str, Any]:
+        (self.folder / "ask").touch()
+        answer = self.folder / "answer"
+        eventually("it answers", answer.exists, 20)
+        try:
+            return dict(json.loads(answer.read_text()))
+        finally:
+            answer.unlink()
+
+    def pids(self) -> list[int]:
+        return tree(self.pid)
+
+    def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        # Its children end by themselves.
+        eventually("it stops", lambda: [_state(pid) for pid in self.pids()] in (["T"], ["T", "Z"]))
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.running.wait()
+        # The restored one is a child of whoever takes orphans.
+        eventually("it is gone", lambda: not Path(f"/proc/{self.pid}").exists() or _state(self.pid) == "Z")
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    with ExitStack() as stack:
+        folder = tmp_path / "pool"
+        folder.mkdir()
+        made = stack.enter_context(closing(Pool(folder)))
+        made.ask()
+        yield made
+
+
+def test_it_is_restored_from_what_was_sent(pool: Pool, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    before = pool.ask()
+    assert before["wrong"] == []
+    store, leave_out = SharedStore(), LeaveOut()
+    with closing(store), closing(leave_out), closing(memory.make(pool.pids, memory.choose()[0])) as tracker:
+        copy = SharedCopy(tracker)
+        for _ in range(3):
+            copy.add(tracker.collect(), Moment.RUNNING)
+            transfer(copy, store)
+        pool.freeze()
+        leave_out.tell(copy.left_out())
+        dump = [find_program("criu"), "dump", "-t", str(pool.pid), "-D", str(images), "-o", "dump.log"]
+        dumped = subprocess.run(
+            [*dump, "--leave-stopped", "--shell-job"],
+            env={"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", **leave_out.environment},
+            pass_fds=[leave_out.descriptor],
+            check=False,
+        )
+        assert dumped.returncode == 0, last_errors(images / "dump.log")
+        for image in images.glob("pagemap-shmem-*.img"):
+            assert len(list(entries(image.read_bytes()))) == 1, f"{image.name} has pages"
+        copy.add(tracker.collect(Moment.LAST), Moment.LAST)
+        transfer(copy, store)
+        amended = shared_images.amend(images, store)
+        pool.close()
+        (tmp_path / "restore.conf").write_text(amended.options())
+        (tmp_path / "inherit").write_text(amended.script())
+        criu = [
+            find_program("criu"),
+            "restore",
+            "-D",
+            str(images),
+            "-o",
+            "restore.log",
+            "--shell-job",
+            "--restore-detached",
+        ]
+        restored = subprocess.run(
+            ["bash", tmp_path / "inherit", *criu, "--config", tmp_path / "restore.conf"],
+            env={"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}"},
+            check=False,
+        )
+        assert restored.returncode == 0, last_errors(images / "restore.log")
+        amended.seal()
+    os.kill(pool.pid, signal.SIGCONT)
+    after = pool.ask()
+    assert after["wrong"] == []
+    assert after["same"] == before["same"]
+
+
+def transfer(copy: SharedCopy, store: SharedStore) -> None:
+    """As source and destination do it."""
+    sender, receiver = Sender("m", 1, Digests(), Meter()), Receiver(Digests())
+    for request in copy.requests(sender):
+        for piece in receiver.pieces(request):
+            store.write(request.target.removeprefix("shared/"), piece)
+
+
+@pytest.mark.parametrize("name", [b"", b"a b/\xff%2F", b"/dev/zero", b"x" * 249])
+def test_names_survive_the_wire(name: bytes) -> None:
+    for target in (targets.Target(7, is_system_v=False, name=name), targets.Target(0, is_system_v=True)):
+        assert targets.parse(str(target).removeprefix("shared/")) == target
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "memfd", "memfd/", "memfd/x/a", "sysv/1/a", "sysv/-1", "memfd/4294967296/a", "memfd/1/%00", "file/1/a"]
+)
+def test_nothing_else_is_taken(rest: str) -> None:
+    with closing(SharedStore()) as store, pytest.raises(PeerError):
+        store.write(rest, Piece(0, 4096, bytes(4096)))
+
+
+def test_holes_stay_holes_and_numbers_are_used_again() -> None:
+    with closing(SharedStore()) as store:
+        store.write("memfd/5/one", Piece(1 << 30, 4096, b"x" * 4096))
+        store.write("memfd/5/one", Piece(1 << 20, 4096, b"x" * 4096))
+        store.write("memfd/5/one", Piece(0, 1 << 29, None))
+        descriptor = store.memfd(5)
+        assert descriptor is not None
+        assert list(extents.allocated(descriptor, 1 << 31)) == [Range(1 << 30, (1 << 30) + 4096)]
+        store.write("memfd/5/another", Piece(0, 4096, b"y" * 4096))
+        descriptor = store.memfd(5)
+        assert descriptor is not None
+        assert os.fstat(descriptor).st_size == 4096
+        assert store.system_v(5) is None
+
+
+def test_crius_question_is_answered(tmp_path: Path) -> None:
+    """Only of those that are in the table, as they are in it, and from then on."""
+    descriptors = [os.memfd_create(name) for name in ("left out", "not", "changed since")]
+    for descriptor in descriptors:
+        os.pwrite(descriptor, b"x", 8192)
+    ask = (
+        "import os, sys\n"
+        "def seek(n):\n"
+        "    try: return os.lseek(n, 0, os.SEEK_DATA)\n"
+        "    except OSError as error: return -error.errno\n"
+        "for line in sys.stdin:\n"
+        "    print(*map(seek, map(int, sys.argv[1:])), *(os.lseek(int(n), 5, 0) for n in sys.argv[1:]), flush=True)\n"
+    )
+    with (
+        closing(LeaveOut()) as leave_out,
+        subprocess.Popen(
+            [sys.executable, "-c", ask, *map(str, descriptors)],
+            env={**os.environ, **leave_out.environment},
+            pass_fds=[*descriptors, leave_out.descriptor],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as asking,
+    ):
+        assert asking.stdin is not None and asking.stdout is not None
+        print("", file=asking.stdin, flush=True)
+        assert asking.stdout.readline().split() == ["8192", "8192", "8192", "5", "5", "5"]
+        stats = [os.fstat(descriptor) for descriptor in descriptors]
+        eventually("time goes on", lambda: time.time_ns() - stats[2].st_ctime_ns > 10**8)
+        os.pwrite(descriptors[2], b"x", 8192)
+        leave_out.tell([stats[0], stats[2]])
+        print("", file=asking.stdin, flush=True)
+        assert asking.stdout.readline().split() == ["-6", "8192", "8192", "5", "5", "5"]
+    for descriptor in descriptors:
+        os.close(descriptor)
