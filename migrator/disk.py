@@ -32,8 +32,9 @@ class _Copy:
     left: list[Range] = field(default_factory=list)
 
     def read(self, ranges: Iterable[Range]) -> Iterator[Piece]:
-        """What is in the ranges now."""
-        return blocks.read(self.descriptor, ranges, image=self.image)
+        """What is in the ranges now; the tracker sees what the destination gets."""
+        pieces = blocks.read(self.descriptor, ranges, image=self.image)
+        return self.tracker.observe(pieces) if self.tracker else pieces
 
     def dirty(self) -> list[Range]:
         """Written since it was asked last. Cleared first and read afterwards, so a write in between is sent again."""

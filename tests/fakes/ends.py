@@ -103,6 +103,9 @@ class FakeTracker:
     def collect(self) -> list[Range]:
         return self._left.pop() if self._left else []
 
+    def observe(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        return iter(pieces)
+
     def close(self) -> None:
         pass
 
