@@ -5,7 +5,8 @@ Each process is a target of its own, named by its pid inside the container; offs
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import structlog
 
@@ -69,10 +70,23 @@ class MemoryCopy:
         """With the container frozen: the shared memory that CRIU need not dump."""
         return self._shared.left_out()
 
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """With the container frozen: look at all shared memory beside what the block does, for the last collect."""
+        self._drain()
+        with ThreadPoolExecutor(1, "compare") as beside:
+            compared = beside.submit(self._tracker.compare)
+            yield
+        compared.result()
+
     def _look(self, moment: Moment) -> Collected:
-        if moment is not Moment.RUNNING and (problems := self._tracker.drain()):
-            raise ExecutionError(f"what is read into memory could be missed: {'; '.join(problems)}", reason="DIRECT_IO")
+        if moment is not Moment.RUNNING:
+            self._drain()
         return self._tracker.collect(moment)
+
+    def _drain(self) -> None:
+        if problems := self._tracker.drain():
+            raise ExecutionError(f"what is read into memory could be missed: {'; '.join(problems)}", reason="DIRECT_IO")
 
     def _add_vdso(self) -> None:
         """The kernel's own code in each process, which is no memory of the process: but CRIU looks at the old one."""

@@ -9,7 +9,7 @@ What may go wrong at each line, and what happens then:
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import structlog
@@ -318,7 +318,7 @@ class Departure:
             self._peer.hold_traffic(self._name, self._epoch)
             container.disconnect()
         faults.point("source.freeze")
-        with step("dump"):
+        with step("dump"), memory.comparing() if memory else nullcontext():
             checkpoint.dump(memory.left_out() if memory else [])
         faults.point("source.dump")
         with step("file system"):

@@ -17,7 +17,7 @@ from migrator.memory.mappings import Mapping
 from migrator.memory.pagemap import Pagemap, subtract
 from migrator.memory.processes import ProcessKey
 from migrator.memory.reading import Gone
-from migrator.memory.shared import ObjectKey, SharedObject, is_memory, key_of
+from migrator.memory.shared import Change, ObjectKey, SharedObject, is_memory, key_of
 from migrator.memory.tracker import Collected, Moment, Pids, ProcessChange, SharedChange
 from migrator.memory.watching import MemoryReplaced, Method, Scan, Watch
 
@@ -51,6 +51,8 @@ class Follower:
         self._pids, self._method = pids, method
         self._followed: dict[ProcessKey, _Followed] = {}
         self._objects: dict[ObjectKey, SharedObject] = {}
+        # What `compare` found, and no collect has told.
+        self._compared: dict[ObjectKey, Change] = {}
         # Device numbers whose files are no memory: disks, and devices that are mapped.
         self._no_memory: set[int] = set()
 
@@ -117,6 +119,11 @@ class Follower:
     def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
         """See MemoryTracker."""
         return reading.read_object(self._objects[key].descriptor, ranges)
+
+    def compare(self) -> None:
+        """See MemoryTracker."""
+        for key, item in self._objects.items():
+            self._compared[key] = item.look([], at_all=True)
 
     def status(self, key: ObjectKey) -> os.stat_result:
         """See MemoryTracker."""
@@ -237,6 +244,7 @@ class Follower:
         return item
 
     def _look_at_objects(self, candidates: dict[ObjectKey, list[Range]], moment: Moment, result: Collected) -> None:
+        compared, self._compared = self._compared, {}
         for key in [key for key in self._objects if key not in candidates]:
             if moment is Moment.LAST:
                 candidates[key] = []  # System V memory that nobody has attached is there all the same
@@ -245,7 +253,11 @@ class Follower:
             result.released.append(key)
         for key, ranges in candidates.items():
             item = self._objects[key]
-            change = item.look(extents.merge(ranges), at_all=moment is Moment.LAST)
+            before = compared.get(key)
+            if before is not None and moment is Moment.LAST:
+                change = before
+            else:
+                change = _after(before, item.look(extents.merge(ranges), at_all=moment is Moment.LAST))
             written = item.populated() if self._method.tells_all else change.written
             result.shared.append(SharedChange(key, item.name, item.size_bytes, written, change.gone))
 
@@ -261,6 +273,14 @@ def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Mom
         followed.may_have_missed, written = False, scan.populated
     watched = not (isinstance(followed.watch, Everything) and followed.watch.temporary)
     return ProcessChange(process, written, gone, watched)
+
+
+def _after(before: Change | None, change: Change) -> Change:
+    """Two looks as one: what was written in the first and is gone by the second is gone."""
+    if before is None:
+        return change
+    gone = subtract(extents.merge([*before.gone, *change.gone]), change.written)
+    return Change(subtract(extents.merge([*before.written, *change.written]), gone), gone)
 
 
 def _join(scan: Scan, more: Scan) -> Scan:

@@ -107,6 +107,11 @@ class MemoryTracker(Protocol):
     def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
         """The same of an object that the last collect reported."""
 
+    def compare(self) -> None:
+        """With the container frozen and after `drain`: look at all shared memory, so that a LAST collect need not.
+
+        It may be called in another thread while nothing else asks the tracker."""
+
     def status(self, key: ObjectKey) -> os.stat_result:
         """Of an object that the last collect reported."""
 

@@ -55,6 +55,8 @@ class Followed:
             return
         self.child.freeze()
         try:
+            if moment is Moment.LAST:
+                self.tracker.compare()
             collected = self.tracker.collect(Moment.PAUSED if moment is Moment.RUNNING else moment)
         finally:
             self.child.thaw()
@@ -105,5 +107,22 @@ def test_a_replica_equals_after_rounds_beside_a_busy_tree(follow: Callable[[], F
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
             followed.round()
+        followed.end()
+        followed.child.say("w 0 0 0 0")
+
+
+def test_what_was_compared_ahead_is_told_later(follow: Callable[[], Followed]) -> None:
+    """Also by a collect of a container that has gone on since."""
+    followed = follow()
+    followed.child.say("m 0 50 0")
+    followed.tracker.start()
+    for seed in range(3):
+        followed.round()
+        followed.child.say(f"R {seed + 1}")
+        time.sleep(0.1)
+        followed.child.freeze()
+        followed.tracker.compare()
+        followed.child.thaw()
+        time.sleep(0.05)
         followed.end()
         followed.child.say("w 0 0 0 0")

@@ -10,9 +10,8 @@ ADDRESS = "10.77.2.130"
 SIZES_MIB = (24, 264)
 
 
-def test_the_freeze_does_not_carry_it(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of each kind a third. Everything is right afterwards, and CRIU's dump is as small with much as with little."""
-    images, frozen = [], []
+def test_little_and_much_of_it_move(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each kind a third. Everything is right afterwards; what the dump takes is printed for little and for much."""
     for size in SIZES_MIB:
         name = f"pool{size}"
         lab.start_workload("host-a", name, f"pool {size}", ADDRESS, "--disk", "1GiB")
@@ -22,8 +21,6 @@ def test_the_freeze_does_not_carry_it(lab: Lab, capsys: pytest.CaptureFixture[st
         assert report["bytes"]["memory"] > size << 20
         steps = {step["name"]: step["duration_ms"] for phase in report["phases"] for step in phase["steps"]}
         phases = {phase["name"]: phase["duration_ms"] for phase in report["phases"]}
-        images.append(steps["dump"])
-        frozen.append(report["downtime_ms"])
         with capsys.disabled():
             print(f"\n{size} MiB: {report['downtime_ms']:.0f} ms still; ms by phase and step:", phases, steps)
         lab.ok("host-b", "migrator", "rm", "-f", name)
