@@ -1,0 +1,87 @@
+"""migrator: containers of the agents of the lab, moved by `migrate`."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from benchkit.contenders.base import Bench, Moved, Session
+from benchkit.errors import BenchError
+from benchkit.hosts import DESTINATION, SOURCE, Lab
+from benchkit.workloads import Workload
+
+CONTAINER = "bench"
+ADDRESS = "10.77.2.50"
+PACKAGES = {"redis": "redis-server", "postgres": "postgresql"}
+
+
+@dataclass
+class _Session:
+    lab: Lab
+    address: str = ADDRESS
+
+    def move(self) -> Moved:
+        done = self.lab.run(SOURCE, "migrate", CONTAINER, DESTINATION, "-o", "json")
+        report = json.loads(done.stdout or "{}")
+        if done.returncode != 0 or report.get("outcome") != "migrated":
+            raise BenchError(f"migrate: exit code {done.returncode}: {report.get('error') or done.stderr.strip()}")
+        phases = {phase["name"]: float(phase["duration_ms"]) for phase in report["phases"]}
+        for phase in report["phases"]:
+            phases |= {f"{phase['name']}: {step['name']}": float(step["duration_ms"]) for step in phase["steps"]}
+        phases["downtime"] = float(report["downtime_ms"])
+        return Moved(phases)
+
+
+class Ours:
+    """The containers of this project."""
+
+    name = "migrator"
+    note = "`migrate`, with its defaults"
+
+    def check(self, bench: Bench) -> None:
+        """It is what is measured."""
+
+    def takes(self, workload: Workload) -> str:
+        return ""
+
+    @contextmanager
+    def session(self, bench: Bench, workload: Workload) -> Iterator[Session]:
+        lab = bench.lab
+        remove(lab)  # of a run that was cut short
+        make_image(bench, workload)
+        try:
+            lab.ok(
+                SOURCE, "migrator", "create", CONTAINER, "--image", workload.image, "--disk", f"{workload.disk_gib}GiB",
+                "--ip", f"{ADDRESS}/16", *user(workload), "--", *workload.command(),
+            )  # fmt: skip
+            lab.ok(SOURCE, "migrator", "start", CONTAINER)
+            yield _Session(lab)
+        finally:
+            remove(lab)
+
+
+def make_image(bench: Bench, workload: Workload) -> None:
+    """The image of a workload is at the source."""
+    have = {row["name"] for row in bench.lab.json(SOURCE, "migrator", "image", "ls", "-o", "json")}
+    if workload.image in have:
+        return
+    if workload.service == "workload":
+        bench.lab.ok(SOURCE, "migrator", "image", "import", workload.image, str(bench.programs.tarball))
+    else:
+        packages = PACKAGES[workload.service]
+        bench.lab.ok(
+            SOURCE, "migrator", "image", "build", workload.image, "--suite", "bookworm", "--include", packages,
+            timeout_s=600,
+        )  # fmt: skip
+
+
+def user(workload: Workload) -> list[str]:
+    return ["--user", "postgres"] if workload.service == "postgres" else []
+
+
+def remove(lab: Lab) -> None:
+    """The container is nowhere."""
+    for host in (SOURCE, DESTINATION):
+        with suppress(BenchError):
+            if any(row["name"] == CONTAINER for row in lab.json(host, "migrator", "ps", "-o", "json")):
+                lab.ok(host, "migrator", "rm", "-f", CONTAINER)

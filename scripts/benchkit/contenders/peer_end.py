@@ -1,0 +1,201 @@
+"""One end of a move by checkpoint, copy and restore; runs inside a host, and does what its plan says as fast as it can.
+
+peer_end.py PLAN    where PLAN is a JSON object, see `Plan`; it says "ready", and reads "go" from standard input
+
+The destination listens, stores what comes in a tmpfs, restores, and connects the container. The last line of both is a
+JSON object with the phases in ms. Standard library alone, everything loaded before "go".
+"""
+
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COPY_PORT = 7999
+STEP_S = 240.0
+BROADCAST, ARP = b"\xff" * 6, 0x0806
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`before` and `after_dump` are commands around the one that dumps or restores, `daemon` runs beside it.
+
+    The destination announces `address` at `mac`, which is a MAC or the name of the link that has it.
+
+    With `lazy` the dump stays, says on the descriptor {status} that its images are complete, and serves the pages.
+    """
+
+    role: str
+    peer: str
+    images: str
+    work: str
+    main: list[str]
+    before: list[list[str]] = field(default_factory=list)
+    after_dump: list[list[str]] = field(default_factory=list)
+    daemon: list[str] = field(default_factory=list)
+    daemon_socket: str = ""
+    lazy: bool = False
+    copy: bool = True
+    mac: str = ""
+    address: str = ""
+
+
+class Phases:
+    """Milliseconds from one mark to the next."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def mark(self, name: str) -> None:
+        now = time.monotonic()
+        self.lengths[name] = (now - self._last) * 1000
+        self._last = now
+
+
+def main() -> None:
+    plan = Plan(**json.loads(sys.argv[1]))
+    Path(plan.images).mkdir(parents=True, exist_ok=True)
+    Path(plan.work).mkdir(parents=True, exist_ok=True)
+    print(json.dumps((source if plan.role == "source" else destination)(plan)), flush=True)
+
+
+def source(plan: Plan) -> dict[str, object]:
+    connection = socket.create_connection((plan.peer, COPY_PORT), timeout=STEP_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    phases = Phases()
+    for command in plan.before:
+        run(command)
+    phases.mark("before")
+    serving = None
+    if plan.lazy:
+        serving = dump_lazily(plan)
+    else:
+        run(plan.main)
+    for command in plan.after_dump:
+        run(command)
+    phases.mark("dump")
+    if plan.copy:
+        send_folder(connection, Path(plan.images))
+    connection.sendall(b"\n")
+    phases.mark("copy")
+    if connection.recv(1) != b"r":
+        raise RuntimeError("the destination did not restore it")
+    phases.mark("restore at the destination")
+    if serving is not None:
+        if serving.wait(STEP_S) != 0:
+            raise RuntimeError(f"the serving dump ended with exit code {serving.returncode}")
+        phases.mark("pages")
+    connection.sendall(b"d")
+    return {"phases_ms": phases.lengths}
+
+
+def dump_lazily(plan: Plan) -> "subprocess.Popen[bytes]":
+    """The dump that serves the pages, once its images are complete."""
+    reader, writer = os.pipe()
+    command = [word.replace("{status}", str(writer)) for word in plan.main]
+    serving = subprocess.Popen(command, pass_fds=[writer], stdin=subprocess.DEVNULL)
+    os.close(writer)
+    if os.read(reader, 1) == b"" and serving.wait(STEP_S) != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {serving.returncode}")
+    os.close(reader)
+    return serving
+
+
+def destination(plan: Plan) -> dict[str, object]:
+    with socket.create_server(("0.0.0.0", COPY_PORT)) as listener:
+        print("ready", flush=True)
+        listener.settimeout(STEP_S)
+        connection, _ = listener.accept()
+    connection.settimeout(STEP_S)
+    receive_folder(connection, Path(plan.images))
+    phases = Phases()
+    for command in plan.before:
+        run(command)
+    daemon = None
+    if plan.daemon:
+        daemon = subprocess.Popen(plan.daemon, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + STEP_S
+        while not Path(plan.daemon_socket).exists():
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{' '.join(plan.daemon)} is not there")
+            time.sleep(0.0005)
+    phases.mark("before")
+    run(plan.main)
+    phases.mark("restore")
+    announce(plan)
+    phases.mark("connect")
+    connection.sendall(b"r")
+    if daemon is not None and daemon.wait(STEP_S) != 0:
+        raise RuntimeError(f"{' '.join(plan.daemon)} ended with exit code {daemon.returncode}")
+    phases.mark("pages")
+    if connection.recv(1) != b"d":
+        raise RuntimeError("the source did not end well")
+    return {"phases_ms": phases.lengths}
+
+
+def run(command: list[str]) -> None:
+    """Raises RuntimeError with the end of its log if it fails."""
+    # Not captured through a pipe: a container that inherits it would keep it open, and CRIU would not dump it.
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=STEP_S)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}")
+
+
+def send_folder(connection: socket.socket, folder: Path) -> None:
+    """Each file: a line with its size and name, then its bytes."""
+    for path in sorted(folder.iterdir()):
+        size = path.stat().st_size
+        header = f"{size} {path.name}\n".encode()
+        connection.sendall(header)
+        with path.open("rb") as file:
+            connection.sendfile(file)
+
+
+def receive_folder(connection: socket.socket, folder: Path) -> None:
+    """Straight into the files' pages. Ends at the empty line."""
+    while True:
+        header = b""
+        while not header.endswith(b"\n"):
+            piece = connection.recv(1)
+            if not piece:
+                raise RuntimeError("the source ended early")
+            header += piece
+        if header == b"\n":
+            return
+        size, name = header.decode().split()
+        with (folder / Path(name).name).open("w+b") as file:
+            if int(size) == 0:
+                continue
+            file.truncate(int(size))
+            with mmap.mmap(file.fileno(), int(size)) as at, memoryview(at) as view:
+                done = 0
+                while done < int(size):
+                    got = connection.recv_into(view[done:])
+                    if not got:
+                        raise RuntimeError("the source ended early")
+                    done += got
+
+
+def announce(plan: Plan) -> None:
+    """A gratuitous ARP from the uplink, so that the switch sends the container's frames here."""
+    if not plan.mac:
+        return
+    link = Path(f"/sys/class/net/{plan.mac}/address")
+    known = link.read_text().strip() if link.exists() else plan.mac
+    mac, address = bytes.fromhex(known.replace(":", "")), socket.inet_aton(plan.address)
+    frame = BROADCAST + mac + ARP.to_bytes(2) + bytes.fromhex("0001080006040002") + mac + address + BROADCAST + address
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
+        out.bind(("eth0", 0))
+        out.send(frame)
+
+
+if __name__ == "__main__":
+    main()

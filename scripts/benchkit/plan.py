@@ -1,0 +1,93 @@
+"""What a benchmark consists of: which tasks, in which order, how often, and what cannot be run here."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchkit.contenders.base import Contender
+from benchkit.contenders.criu import Criu, CriuLazy
+from benchkit.contenders.ours import Ours
+from benchkit.contenders.podman import Podman
+from benchkit.contenders.runc import LazyPages, Runc
+from benchkit.results import OURS
+from benchkit.rows import ROWS
+from benchkit.tasks import Ceilings, DiskTracker, MemoryTracker, Move, Snapshots, Task
+from benchkit.workloads import WORKLOADS
+
+MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman()]
+# Rows first, so that a benchmark that runs out of time has them.
+ROW_TASKS = list(dict.fromkeys(task for row in ROWS for task in row.tasks))
+LARGE = ("idle-4g",)
+# A quick benchmark leaves out, for each workload of a GiB and more, whom it has measured with the small one.
+QUICK_MOVERS = {"idle-16m": tuple(mover.name for mover in MOVERS)}
+QUICK_OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", "disk copy")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is run: `runs` for a row's tasks, `large_runs` for those of 4 GiB, `other_runs` beside the rows."""
+
+    name: str
+    runs: int
+    large_runs: int
+    other_runs: int
+    limit_s: float
+
+
+QUICK = Extent("quick", runs=2, large_runs=1, other_runs=0, limit_s=430.0)
+FULL = Extent("full", runs=5, large_runs=3, other_runs=2, limit_s=3420.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task, who takes part and how often."""
+
+    task: Task
+    contenders: tuple[str, ...]
+    runs: int
+
+
+def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender]) -> list[Part]:
+    """In the order to run them. With names of rows in `only`, just what these need."""
+    chosen = [row for row in ROWS if not only or row.name in only]
+    wanted = list(dict.fromkeys(task for row in chosen for task in row.tasks))
+    if extent.other_runs and not only:
+        wanted += [name for name in WORKLOADS if name not in wanted]
+    movers = list(available)
+    found = [Part(Ceilings(), ("machine",), 1)]
+    for name in wanted:
+        task = _task(name, movers)
+        who = tuple(task.contenders)
+        if extent is QUICK and name in WORKLOADS:
+            who = tuple(one for one in who if one in QUICK_MOVERS.get(name, QUICK_OTHERS))
+        runs = extent.large_runs if name in LARGE else extent.runs if name in ROW_TASKS else extent.other_runs
+        found.append(Part(task, who, max(3, runs) if name.startswith("tracker") else runs))
+    return found
+
+
+def _task(name: str, movers: list[Contender]) -> Task:
+    special: dict[str, type[Snapshots] | type[DiskTracker] | type[MemoryTracker]] = {
+        "snapshot-100k-extents": Snapshots,
+        "tracker-disk": DiskTracker,
+        "tracker-memory": MemoryTracker,
+    }
+    return special[name]() if name in special else Move(WORKLOADS[name], movers)
+
+
+def never_here() -> dict[str, str]:
+    """Contenders that this machine rules out, with the reason; asked of the kernel where that is possible."""
+    found = {}
+    if not soft_dirty():
+        found["podman with --pre-checkpoint, runc with --pre-dump, P.Haul"] = (
+            "the kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY), without which CRIU cannot pre-dump"
+        )
+    return found
+
+
+def soft_dirty() -> bool:
+    """Whether pages of this process can be marked: a write after a clear sets bit 55 of its pagemap entry."""
+    try:
+        Path("/proc/self/clear_refs").write_text("4")
+    except OSError:
+        return False
+    return "sd" in Path("/proc/self/smaps").read_text().split("VmFlags:", 1)[1].splitlines()[0].split()
