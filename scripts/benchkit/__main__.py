@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from benchkit import charts, machine, native, page, plan, runner, table
+from benchkit import charts, machine, native, page, plan, runner, smoke, table
 from benchkit.contenders.base import Bench
 from benchkit.errors import BenchError
 from benchkit.hosts import lab_up
-from benchkit.results import Store
+from benchkit.results import OURS, Store
 from benchkit.rows import ROWS
 from benchkit.tasks import pretouch
 from labkit.hosts import CHECKOUT
@@ -42,8 +42,13 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for runs, rows, page and charts (build/bench)")
     parser.add_argument("--publish", action="store_true", help="the page and its charts also into docs/")
     parser.add_argument("--anew", action="store_true", help="forget the runs that the folder has")
+    parser.add_argument("--peer", action="append", metavar="NAME", help="only this peer, by its name in the report")
+    parser.add_argument("--smoke", action="store_true", help="one workload, one peer: is the report well-formed?")
     parser.add_argument("--runs", type=int, help="so many of each, instead of what --quick and --full have")
-    return parser.parse_args(words)
+    chosen = parser.parse_args(words)
+    if chosen.smoke:
+        chosen.only, chosen.peer, chosen.runs = [smoke.ROW], [smoke.PEER], 1
+    return chosen
 
 
 def main(words: list[str]) -> int:
@@ -61,12 +66,11 @@ def main(words: list[str]) -> int:
         programs = native.build(FOLDER)
         stack.callback(shutil.rmtree, FOLDER, ignore_errors=True)
         bench = Bench(stack.enter_context(lab_up()), programs, FOLDER)
-        needed = plan.parts(extent, chosen.only or [], plan.MOVERS)
+        known = [mover for mover in plan.MOVERS if not chosen.peer or mover.name in (OURS, *chosen.peer)]
+        needed = plan.parts(extent, chosen.only or [], known)
         names = {name for part in needed for name in part.contenders}
-        movers = runner.check(bench, [mover for mover in plan.MOVERS if mover.name in names], outcome)
-        parts = plan.parts(extent, chosen.only or [], movers)
-        if chosen.runs:
-            parts = [plan.Part(part.task, part.contenders, chosen.runs) for part in parts]
+        movers = runner.check(bench, [mover for mover in known if mover.name in names], outcome)
+        parts = plan.parts(extent, chosen.only or [], movers, chosen.runs)
         pretouch(PRETOUCH_BYTES if any(part.task.name in plan.LARGE for part in parts) else PRETOUCH_SMALL_BYTES)
         runner.run(bench, parts, store, outcome, extent.limit_s - (time.monotonic() - began))
     rows = [row.find(outcome.results) for row in ROWS if not chosen.only or row.name in chosen.only]
@@ -77,6 +81,8 @@ def main(words: list[str]) -> int:
         page.write(folder / name, command, facts, rows, outcome, movers, drawings)
         (folder / "benchmark").mkdir(exist_ok=True)
         (folder / "benchmark/rows.json").write_text(json.dumps(objects, indent=2) + "\n")
+    if chosen.smoke and (problems := smoke.problems(objects, chosen.out)):
+        raise BenchError(f"the report is malformed: {'; '.join(problems)}")
     print(json.dumps(objects, indent=2) if chosen.output == "json" else table.text(rows))
     runner.say(f"{time.monotonic() - began:.0f} s; the report is {chosen.out / 'benchmark.md'}")
     return 0 if all(row.ours is not None for row in rows) else 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchkit.contenders.base import Contender
-from benchkit.contenders.criu import Criu, CriuLazy
+from benchkit.contenders.criu import Criu, CriuLazy, DiskCopy
 from benchkit.contenders.ours import Ours
 from benchkit.contenders.podman import Podman
 from benchkit.contenders.runc import LazyPages, Runc
@@ -14,13 +14,14 @@ from benchkit.rows import ROWS
 from benchkit.tasks import Ceilings, DiskTracker, MemoryTracker, Move, Snapshots, Task
 from benchkit.workloads import WORKLOADS
 
-MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman()]
+MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman(), DiskCopy()]
 # Rows first, so that a benchmark that runs out of time has them.
 ROW_TASKS = list(dict.fromkeys(task for row in ROWS for task in row.tasks))
 LARGE = ("idle-4g",)
+TRACKER_RUNS = 3
 # A quick benchmark leaves out, for each workload of a GiB and more, whom it has measured with the small one.
 QUICK_MOVERS = {"idle-16m": tuple(mover.name for mover in MOVERS)}
-QUICK_OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", "disk copy")
+QUICK_OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", DiskCopy.name)
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Part:
     runs: int
 
 
-def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender]) -> list[Part]:
-    """In the order to run them. With names of rows in `only`, just what these need."""
+def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], runs: int | None = None) -> list[Part]:
+    """In the order to run them. With names of rows in `only`, just what these need; `runs` of each if it is given."""
     chosen = [row for row in ROWS if not only or row.name in only]
     wanted = list(dict.fromkeys(task for row in chosen for task in row.tasks))
     if extent.other_runs and not only:
@@ -60,8 +61,10 @@ def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender]) -
         who = tuple(task.contenders)
         if extent is QUICK and name in WORKLOADS:
             who = tuple(one for one in who if one in QUICK_MOVERS.get(name, QUICK_OTHERS))
-        runs = extent.large_runs if name in LARGE else extent.runs if name in ROW_TASKS else extent.other_runs
-        found.append(Part(task, who, max(3, runs) if name.startswith("tracker") else runs))
+        planned = extent.large_runs if name in LARGE else extent.runs if name in ROW_TASKS else extent.other_runs
+        if name.startswith("tracker"):
+            planned = max(TRACKER_RUNS, planned)
+        found.append(Part(task, who, runs or planned))
     return found
 
 
@@ -76,7 +79,9 @@ def _task(name: str, movers: list[Contender]) -> Task:
 
 def never_here() -> dict[str, str]:
     """Contenders that this machine rules out, with the reason; asked of the kernel where that is possible."""
-    found = {}
+    found = {
+        "QEMU's live migration": "not in this benchmark yet: a machine without KVM for it can only emulate the guest"
+    }
     if not soft_dirty():
         found["podman with --pre-checkpoint, runc with --pre-dump, P.Haul"] = (
             "the kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY), without which CRIU cannot pre-dump"

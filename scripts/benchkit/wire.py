@@ -79,7 +79,7 @@ def stream(samples: Sequence[Sample], window: Window, answers_per_s: float, answ
         return max(0.0, value - began - answers_per_s * (min(when_s, answers_end_s) - window.began_s))
 
     sums = [(when_s, own(when_s, value)) for when_s, value in samples if window.began_s <= when_s <= window.ended_s]
-    if not sums or not (total := sums[-1][1]):
+    if not sums or (total := sums[-1][1]) < 1:
         return Sent(0.0, 0.0)
     first = next(sample for sample in sums if sample[1] >= FIRST * total)
     last = next(sample for sample in sums if sample[1] >= LAST * total)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 PORT, REDIS_PORT, POSTGRES_PORT = 7000, 6379, 5432
+DISK_FILE = "/data/blocks"
 GIB_MIB = 1024
 
 POSTGRES = """\
@@ -48,7 +49,7 @@ class Workload:
         words = ["/bin/workload", "--port", str(PORT), "--memory", str(self.memory_mib), "--seed", "1"]
         words += ["--rate", str(self.rate_mbs), "--share", str(self.share_percent), "--processes", str(self.processes)]
         if self.disk_span_mib:
-            words += ["--disk", "/data/blocks", "--span", str(self.disk_span_mib)]
+            words += ["--disk", DISK_FILE, "--span", str(self.disk_span_mib)]
             words += ["--disk-rate", str(self.disk_rate_mbs)]
         return words
 

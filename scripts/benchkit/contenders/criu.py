@@ -10,11 +10,13 @@ from benchkit.contenders.moving import ADDRESS, CONNECT, IMAGES, NETNS, RUN, WOR
 from benchkit.contenders.peer_end import Plan
 from benchkit.errors import CannotRunError
 from benchkit.hosts import DESTINATION, SOURCE
-from benchkit.workloads import Workload
+from benchkit.workloads import DISK_FILE, Workload
 from labkit.hosts import host_named
 
 SHARED = "/dev/shm/migrator-bench-criu"
-PID_FILE = f"{RUN}/pid"
+# A file at each host, and where it is mounted.
+DISK, MOUNT = "/var/lib/migrator/bench-disk.img", f"{RUN}/disk"
+MAKE_DISK = f"set -e; truncate -s {{size}}G {DISK}; mkfs.ext4 -q {DISK}; mkdir -p {MOUNT}; mount -o loop {DISK} {MOUNT}"
 PAGES_PORT = 7998
 COMMON = ["--tcp-established", "--network-lock", "nftables", "--manage-cgroups=ignore", "--ghost-limit", "64M"]
 # A task gets its pid again, so the destination must not have used it: each session has a thousand of its own.
@@ -40,6 +42,7 @@ class Criu:
         " mount namespace, nothing copied"
     )
     lazy = False
+    disk = ""
 
     def check(self, bench: Bench) -> None:
         if bench.lab.run(SOURCE, "criu", "check").returncode != 0:
@@ -48,14 +51,19 @@ class Criu:
     def takes(self, workload: Workload) -> str:
         if workload.service != "workload":
             return "its processes run outside a root file system of their own"
-        return "its disk is not moved" if workload.disk_span_mib else ""
+        if self.disk and not workload.disk_span_mib:
+            return "it has no disk of its own"
+        return "its disk is not moved" if workload.disk_span_mib and not self.disk else ""
 
     @contextmanager
     def session(self, bench: Bench, workload: Workload) -> Iterator[Session]:
         first_pid = next(_first_pids)
         with networks(bench.lab), wide_pipes() if self.lazy else nullcontext():
             try:
-                program = [str(bench.programs.workload), *workload.command()[1:]]
+                if self.disk:
+                    bench.lab.ok(SOURCE, "sh", "-c", MAKE_DISK.format(size=workload.disk_gib))
+                words = [f"{MOUNT}/blocks" if word == DISK_FILE else word for word in workload.command()[1:]]
+                program = [str(bench.programs.workload), *words]
                 start = ["nsenter", f"--net=/run/netns/{NETNS}", "setsid", "--fork", *program]
                 bench.lab.ok(
                     SOURCE, "sh", "-c",
@@ -70,8 +78,9 @@ class Criu:
             finally:
                 for host in (SOURCE, DESTINATION):
                     # By the network namespace alone: only this session's processes are in it.
-                    script = f"kill -9 $(ip netns pids {NETNS}); rm -rf {SHARED}"
-                    bench.lab.run(host, "sh", "-c", script)
+                    kill = f"for pid in $(ip netns pids {NETNS}); do kill -9 $pid; tail --pid=$pid -f /dev/null; done"
+                    script = f"{kill}; umount {MOUNT}; rm -rf {SHARED} {DISK}"
+                    bench.lab.run(host, "timeout", "20", "sh", "-c", script)
 
     def _source(self, bench: Bench, pid: int) -> Plan:
         inode = bench.lab.ok(SOURCE, "stat", "--dereference", "--format=%i", f"/run/netns/{NETNS}").strip()
@@ -80,7 +89,10 @@ class Criu:
         if self.lazy:
             main += ["--lazy-pages", "--address", "0.0.0.0", "--port", str(PAGES_PORT), "--status-fd", "{status}"]
         peer = host_named(DESTINATION).address
-        return Plan("source", peer, self._images, WORK, main, lazy=self.lazy, copy=self.lazy)
+        unmount = [["umount", MOUNT]] if self.disk else []
+        return Plan(
+            "source", peer, self._images, WORK, main, after_dump=unmount, lazy=self.lazy, copy=self.lazy, disk=self.disk
+        )
 
     def _destination(self) -> Plan:
         main = ["criu", "restore", "--restore-detached", "-D", self._images, "-W", WORK, "-o", "restore.log", *COMMON]
@@ -92,9 +104,11 @@ class Criu:
             daemon = ["criu", "lazy-pages", "--page-server", "--address", source, "--port", str(PAGES_PORT)]
             daemon += ["-D", self._images, "-W", WORK, "-o", "lazy.log"]
         with_namespace = ["sh", "-c", f'exec "$@" 9</run/netns/{NETNS}', "sh", *main]
+        mount = [["mkdir", "-p", MOUNT], ["mount", "-o", "loop", DISK, MOUNT]] if self.disk else []
         return Plan(
             "destination", "", self._images, WORK, with_namespace,
-            before=CONNECT, daemon=daemon, daemon_socket=f"{WORK}/lazy-pages.socket", mac=MAC, address=ADDRESS,
+            before=[*CONNECT, *mount], daemon=daemon, daemon_socket=f"{WORK}/lazy-pages.socket",
+            mac=MAC, address=ADDRESS, disk=self.disk,
         )  # fmt: skip
 
     @property
@@ -111,3 +125,14 @@ class CriuLazy(Criu):
         " --lazy-pages` at the other, of bare processes: a connection lost during the pull loses them"
     )
     lazy = True
+
+
+class DiskCopy(Criu):
+    """The disk's image copied whole while nothing runs."""
+
+    name = "CRIU + disk copy"
+    note = (
+        "bare CRIU on a tmpfs that both hosts see, and between dump and restore the disk's sparse image is unmounted,"
+        " its data copied over one TCP connection with sendfile, and mounted again"
+    )
+    disk = DISK

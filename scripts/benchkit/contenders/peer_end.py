@@ -25,6 +25,7 @@ BROADCAST, ARP = b"\xff" * 6, 0x0806
 class Plan:
     """`before` and `after_dump` are commands around the one that dumps or restores, `daemon` runs beside it.
 
+    `disk` is a sparse image that is copied as well, its data alone.
     The destination announces `address` at `mac`, which is a MAC or the name of the link that has it.
 
     With `lazy` the dump stays, says on the descriptor {status} that its images are complete, and serves the pages.
@@ -41,6 +42,7 @@ class Plan:
     daemon_socket: str = ""
     lazy: bool = False
     copy: bool = True
+    disk: str = ""
     mac: str = ""
     address: str = ""
 
@@ -85,6 +87,8 @@ def source(plan: Plan) -> dict[str, object]:
     if plan.copy:
         send_folder(connection, Path(plan.images))
     connection.sendall(b"\n")
+    if plan.disk:
+        send_sparse(connection, Path(plan.disk))
     phases.mark("copy")
     if connection.recv(1) != b"r":
         raise RuntimeError("the destination did not restore it")
@@ -116,6 +120,8 @@ def destination(plan: Plan) -> dict[str, object]:
         connection, _ = listener.accept()
     connection.settimeout(STEP_S)
     receive_folder(connection, Path(plan.images))
+    if plan.disk:
+        receive_sparse(connection, Path(plan.disk))
     phases = Phases()
     for command in plan.before:
         run(command)
@@ -159,18 +165,53 @@ def send_folder(connection: socket.socket, folder: Path) -> None:
             connection.sendfile(file)
 
 
+def send_sparse(connection: socket.socket, path: Path) -> None:
+    """Its size, then each part that is not a hole: a line with offset and length, and its bytes."""
+    with path.open("rb") as file:
+        size, at = path.stat().st_size, 0
+        connection.sendall(f"{size} 0\n".encode())
+        while at < size:
+            try:
+                begin = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole is left
+                break
+            at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            connection.sendall(f"{begin} {at - begin}\n".encode())
+            connection.sendfile(file, begin, at - begin)
+    connection.sendall(b"\n")
+
+
+def receive_sparse(connection: socket.socket, path: Path) -> None:
+    """The counterpart of `send_sparse`."""
+    buffer = memoryview(bytearray(4 << 20))
+    with path.open("wb", buffering=0) as file:
+        file.truncate(int(read_line(connection).split()[0]))
+        while header := read_line(connection):
+            begin, left = map(int, header.split())
+            file.seek(begin)
+            while left:
+                got = connection.recv_into(buffer[: min(left, len(buffer))])
+                if not got:
+                    raise RuntimeError("the source ended early")
+                file.write(buffer[:got])
+                left -= got
+
+
+def read_line(connection: socket.socket) -> str:
+    """Without its end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = connection.recv(1)
+        if not piece:
+            raise RuntimeError("the source ended early")
+        line += piece
+    return line[:-1].decode()
+
+
 def receive_folder(connection: socket.socket, folder: Path) -> None:
     """Straight into the files' pages. Ends at the empty line."""
-    while True:
-        header = b""
-        while not header.endswith(b"\n"):
-            piece = connection.recv(1)
-            if not piece:
-                raise RuntimeError("the source ended early")
-            header += piece
-        if header == b"\n":
-            return
-        size, name = header.decode().split()
+    while header := read_line(connection):
+        size, name = header.split()
         with (folder / Path(name).name).open("w+b") as file:
             if int(size) == 0:
                 continue
