@@ -24,8 +24,8 @@ def build(folder: Path) -> Programs:
     folder.mkdir(parents=True, exist_ok=True)
     programs = Programs(folder / "workload", folder / "probe", folder / "workload.tar")
     # Static: its container has no C library.
-    _compile("workload.c", programs.workload, "-static", "-pthread")
-    _compile("probe.c", programs.probe)
+    compile_program("workload.c", programs.workload, "-static", "-pthread")
+    compile_program("probe.c", programs.probe)
     with tarfile.open(programs.tarball, "w") as tar:
         for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "run", "data"):
             entry = tarfile.TarInfo(name)
@@ -35,7 +35,8 @@ def build(folder: Path) -> Programs:
     return programs
 
 
-def _compile(source: str, target: Path, *options: str) -> None:
+def compile_program(source: str, target: Path, *options: str) -> None:
+    """Compile one of the sources. Raises BenchError with the compiler's words."""
     command = ["gcc", "-O2", "-Wall", "-Wextra", *options, "-o", str(target), str(SOURCES / source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

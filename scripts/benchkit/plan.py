@@ -8,13 +8,14 @@ from benchkit.contenders.base import Contender
 from benchkit.contenders.criu import Criu, CriuLazy, DiskCopy
 from benchkit.contenders.ours import Ours
 from benchkit.contenders.podman import Podman
+from benchkit.contenders.qemu import Qemu
 from benchkit.contenders.runc import LazyPages, Runc
 from benchkit.results import OURS
 from benchkit.rows import ROWS
 from benchkit.tasks import Ceilings, DiskTracker, MemoryTracker, Move, Snapshots, Task
 from benchkit.workloads import WORKLOADS
 
-MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman(), DiskCopy()]
+MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman(), DiskCopy(), Qemu()]
 # Rows first, so that a benchmark that runs out of time has them.
 ROW_TASKS = list(dict.fromkeys(task for row in ROWS for task in row.tasks))
 LARGE = ("idle-4g",)
@@ -79,9 +80,7 @@ def _task(name: str, movers: list[Contender]) -> Task:
 
 def never_here() -> dict[str, str]:
     """Contenders that this machine rules out, with the reason; asked of the kernel where that is possible."""
-    found = {
-        "QEMU's live migration": "not in this benchmark yet: a machine without KVM for it can only emulate the guest"
-    }
+    found: dict[str, str] = {}
     if not soft_dirty():
         found["podman with --pre-checkpoint, runc with --pre-dump, P.Haul"] = (
             "the kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY), without which CRIU cannot pre-dump"

@@ -11,7 +11,6 @@ from benchkit.errors import BenchError
 from benchkit.hosts import ENVIRONMENT, last_words
 from benchkit.trace import Trace
 
-READY_S = 60.0
 END_S = 30.0
 
 

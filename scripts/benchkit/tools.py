@@ -9,7 +9,8 @@ from labkit.hosts import CHECKOUT
 
 def load(name: str) -> Any:
     """The program of that name, loaded and not run."""
-    spec = spec_from_loader(name.replace("-", "_"), SourceFileLoader(name, str(CHECKOUT / "scripts" / name)))
+    module_name = name.replace("-", "_")
+    spec = spec_from_loader(module_name, SourceFileLoader(module_name, str(CHECKOUT / "scripts" / name)))
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
