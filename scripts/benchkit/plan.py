@@ -13,13 +13,15 @@ from benchkit.contenders.runc import LazyPages, Runc
 from benchkit.results import OURS
 from benchkit.rows import ROWS
 from benchkit.tasks import Ceilings, DiskTracker, MemoryTracker, Move, Snapshots, Task
+from benchkit.together import COUNTS, Together
 from benchkit.workloads import WORKLOADS
 
 MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman(), DiskCopy(), Qemu()]
 # Rows first, so that a benchmark that runs out of time has them.
 ROW_TASKS = list(dict.fromkeys(task for row in ROWS for task in row.tasks))
 LARGE = ("idle-4g",)
-TRACKER_RUNS = 3
+# A few seconds each: more of them, where all else is run once.
+CHEAP, CHEAP_RUNS = ("idle-16m", "tracker-memory", "tracker-disk"), 3
 # A quick benchmark leaves out, for each workload of a GiB and more, whom it has measured with the small one.
 QUICK_MOVERS = {"idle-16m": tuple(mover.name for mover in MOVERS)}
 QUICK_OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", DiskCopy.name)
@@ -36,7 +38,7 @@ class Extent:
     limit_s: float
 
 
-QUICK = Extent("quick", runs=2, large_runs=1, other_runs=0, limit_s=430.0)
+QUICK = Extent("quick", runs=1, large_runs=1, other_runs=0, limit_s=420.0)
 FULL = Extent("full", runs=5, large_runs=3, other_runs=2, limit_s=3420.0)
 
 
@@ -63,9 +65,11 @@ def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], r
         if extent is QUICK and name in WORKLOADS:
             who = tuple(one for one in who if one in QUICK_MOVERS.get(name, QUICK_OTHERS))
         planned = extent.large_runs if name in LARGE else extent.runs if name in ROW_TASKS else extent.other_runs
-        if name.startswith("tracker"):
-            planned = max(TRACKER_RUNS, planned)
+        if name in CHEAP:
+            planned = max(CHEAP_RUNS, planned)
         found.append(Part(task, who, runs or planned))
+    if extent.other_runs and not only:
+        found += [Part(Together(count), (OURS,), extent.other_runs) for count in COUNTS]
     return found
 
 

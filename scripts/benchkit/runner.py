@@ -10,9 +10,10 @@ from benchkit.contenders.base import Bench, Contender
 from benchkit.errors import BenchError, CannotRunError
 from benchkit.plan import Part
 from benchkit.results import Results, Run, Store
+from labkit.hosts import LabError
 
 # What a run of someone else's program may raise besides; anything else is a mistake of ours.
-RUN_ERRORS = (BenchError, OSError, subprocess.SubprocessError, ValueError)
+RUN_ERRORS = (BenchError, LabError, OSError, subprocess.SubprocessError, ValueError)
 
 
 @dataclass

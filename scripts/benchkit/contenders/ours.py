@@ -1,5 +1,6 @@
 """migrator: containers of the agents of the lab, moved by `migrate`."""
 
+import ipaddress
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,17 +12,18 @@ from benchkit.hosts import DESTINATION, SOURCE, Lab
 from benchkit.workloads import Workload
 
 CONTAINER = "bench"
-ADDRESS = "10.77.2.50"
+FIRST_ADDRESS = ipaddress.IPv4Address("10.77.2.50")
 PACKAGES = {"redis": "redis-server", "postgres": "postgresql"}
 
 
 @dataclass
 class _Session:
     lab: Lab
-    address: str = ADDRESS
+    container: str
+    address: str
 
     def move(self) -> Moved:
-        done = self.lab.run(SOURCE, "migrate", CONTAINER, DESTINATION, "-o", "json")
+        done = self.lab.run(SOURCE, "migrate", self.container, DESTINATION, "-o", "json")
         report = json.loads(done.stdout or "{}")
         if done.returncode != 0 or report.get("outcome") != "migrated":
             raise BenchError(f"migrate: exit code {done.returncode}: {report.get('error') or done.stderr.strip()}")
@@ -33,10 +35,14 @@ class _Session:
 
 
 class Ours:
-    """The containers of this project."""
+    """The containers of this project; with different numbers there may be several at once."""
 
     name = "migrator"
     note = "`migrate`, with its defaults"
+
+    def __init__(self, number: int = 0) -> None:
+        self._container = f"{CONTAINER}-{number}"
+        self._address = str(FIRST_ADDRESS + number)
 
     def check(self, bench: Bench) -> None:
         """It is what is measured."""
@@ -47,17 +53,16 @@ class Ours:
     @contextmanager
     def session(self, bench: Bench, workload: Workload) -> Iterator[Session]:
         lab = bench.lab
-        remove(lab)  # of a run that was cut short
+        remove(lab, self._container)  # of a run that was cut short
         make_image(bench, workload)
         try:
-            lab.ok(
-                SOURCE, "migrator", "create", CONTAINER, "--image", workload.image, "--disk", f"{workload.disk_gib}GiB",
-                "--ip", f"{ADDRESS}/16", *user(workload), "--", *workload.command(),
-            )  # fmt: skip
-            lab.ok(SOURCE, "migrator", "start", CONTAINER)
-            yield _Session(lab)
+            options = ["--disk", f"{workload.disk_gib}GiB", "--ip", f"{self._address}/16", *user(workload)]
+            create = ["create", self._container, "--image", workload.image, *options, "--", *workload.command()]
+            lab.ok(SOURCE, "migrator", *create)
+            lab.ok(SOURCE, "migrator", "start", self._container)
+            yield _Session(lab, self._container, self._address)
         finally:
-            remove(lab)
+            remove(lab, self._container)
 
 
 def make_image(bench: Bench, workload: Workload) -> None:
@@ -79,9 +84,9 @@ def user(workload: Workload) -> list[str]:
     return ["--user", "postgres"] if workload.service == "postgres" else []
 
 
-def remove(lab: Lab) -> None:
+def remove(lab: Lab, container: str) -> None:
     """The container is nowhere."""
     for host in (SOURCE, DESTINATION):
         with suppress(BenchError):
-            if any(row["name"] == CONTAINER for row in lab.json(host, "migrator", "ps", "-o", "json")):
-                lab.ok(host, "migrator", "rm", "-f", CONTAINER)
+            if any(row["name"] == container for row in lab.json(host, "migrator", "ps", "-o", "json")):
+                lab.ok(host, "migrator", "rm", "-f", container)
