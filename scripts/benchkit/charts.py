@@ -30,13 +30,18 @@ def pauses(results: Results, folder: Path) -> Path | None:
     names = list(dict.fromkeys(name for _, name, _ in bars))
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.22 * len(bars)))
-    for index, (_, name, value) in enumerate(bars):
-        axes.barh(index, value, color=colour(name, names), label=name)
-        axes.text(value * 1.05, index, f"{value:,.0f}", va="center", fontsize=7)
-    axes.set_yticks(range(len(bars)), [task for task, _, _ in bars], fontsize=7)
+    # A little room between one workload and the next, whose name stands at its first bar.
+    workloads = list(dict.fromkeys(task for task, _, _ in bars))
+    places = [index + 0.6 * workloads.index(task) for index, (task, _, _) in enumerate(bars)]
+    firsts = [next(index for index, bar in enumerate(bars) if bar[0] == task) for task in workloads]
+    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.2 * places[-1]))
+    for place, (_, name, value) in zip(places, bars, strict=True):
+        axes.barh(place, value, color=colour(name, names), label=name)
+        axes.text(value * 1.05, place, f"{value:,.0f}", va="center", fontsize=7)
+    axes.set_yticks([places[index] for index in firsts], workloads, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(min(10.0, *(value for _, _, value in bars)), 3 * max(value for _, _, value in bars))
     axes.set_xlabel("pause seen by the client, ms (logarithmic)")
     handles, labels = axes.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
