@@ -235,6 +235,14 @@ class Departing:
             self._accept_all()
         self._managers.networks.give_way(self.name, interfaces(self.spec))
 
+    def go_on(self) -> None:
+        """See LeavingContainer."""
+        links = interfaces(self.spec)
+        self._managers.networks.connect(self.name, links)
+        self._managers.networks.announce(self.name, links)
+        if self._record.state is not State.PAUSED:
+            self._cgroup.thaw()
+
     def _accept_all(self) -> None:
         """Let it run for moments until it has accepted every connection, so that none is lost; within limits."""
         deadline = time.monotonic() + (ACCEPT_PATIENCE_S if self._record.state is State.RUNNING else 0)

@@ -51,13 +51,18 @@ def decide(rounds: Sequence[Round], left_bytes: int, max_downtime_s: float = DEF
 
     STUCK means that more rounds would not bring that below what the time allows.
     """
-    if left_bytes <= max(SMALL_BYTES, speed(rounds) * max_downtime_s * SENDING_SHARE):
+    if left_bytes <= limit_bytes(rounds, max_downtime_s):
         return Next.FREEZE
     if len(rounds) >= MAX_ROUNDS:
         return Next.STUCK
     recent = rounds[-PATIENCE:]
     is_stuck = len(recent) == PATIENCE and all(r.left_bytes > SHRINK * r.sent_bytes for r in recent)
     return Next.STUCK if is_stuck else Next.ROUND
+
+
+def limit_bytes(rounds: Sequence[Round], max_downtime_s: float) -> int:
+    """What may be left when the container is stopped."""
+    return max(SMALL_BYTES, int(speed(rounds) * max_downtime_s * SENDING_SHARE))
 
 
 def speed(rounds: Sequence[Round]) -> float:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import structlog
@@ -59,6 +60,7 @@ class Arrival:
         self._inbound = Inbound(self._store)
         self._lock = threading.RLock()
         self._streams = 0
+        self._stands_still = False
         self._streams_ended = threading.Condition(self._lock)
         self._volumes: dict[str, tuple[int, int]] = {}
         self._memory: dict[str, int] = {}
@@ -95,9 +97,8 @@ class Arrival:
         try:
             yield from self._inbound.receive(first, requests)
             faults.point("destination.send")
-            # Here, where only the last stream's share falls into the freeze.
-            for descriptor, _ in self._volumes.values():
-                os.fdatasync(descriptor)
+            if not self._stands_still:
+                self._sync()
         finally:
             with self._lock:
                 self._streams -= 1
@@ -134,6 +135,7 @@ class Arrival:
         with self._lock:
             self._expect(Stage.PREPARED)
             self._reservation.hold_traffic()
+            self._stands_still = True
             faults.point("destination.hold")
 
     def restore(self, digests: Mapping[str, bytes]) -> dict[str, float]:
@@ -150,12 +152,15 @@ class Arrival:
             if ours != dict(digests):
                 wrong = sorted(t for t in {*ours, *digests} if ours.get(t) != digests.get(t))
                 raise PeerError(f"what arrived is not what was sent: {', '.join(wrong[:5])}", reason="DIGEST")
+            with ThreadPoolExecutor(1) as beside:
+                synced = beside.submit(self._sync)
+                if self._live:
+                    began = time.monotonic()
+                    self._reservation.mount()
+                    steps["mount"] = (time.monotonic() - began) * 1000
+                    steps.update(self._reservation.restore())
+                synced.result()
             self._close_volumes()
-            if self._live:
-                began = time.monotonic()
-                self._reservation.mount()
-                steps["mount"] = (time.monotonic() - began) * 1000
-                steps.update(self._reservation.restore())
             faults.point("destination.restore")
             self.record = self._journal.make_ready(self.record.migration)
             faults.point("destination.ready")
@@ -235,6 +240,11 @@ class Arrival:
         return self.record.finished
 
     # -- details ----------------------------------------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        """While the container runs at the end of each stream, so that little is left; then beside the restore."""
+        for descriptor, _ in self._volumes.values():
+            os.fdatasync(descriptor)
 
     def _take(self, arrived: float, answer: peer_pb2.DecideResponse) -> None:
         """Become the owner if that is possible, and fill in the answer; an empty answer means refused."""

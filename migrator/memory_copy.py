@@ -5,8 +5,7 @@ Each process is a target of its own, named by its pid inside the container; offs
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 
 import structlog
 
@@ -70,14 +69,10 @@ class MemoryCopy:
         """With the container frozen: the shared memory that CRIU need not dump."""
         return self._shared.left_out()
 
-    @contextmanager
-    def comparing(self) -> Iterator[None]:
-        """With the container frozen: look at all shared memory beside what the block does, for the last collect."""
+    def compare(self) -> None:
+        """With the container frozen: look at all shared memory, so that the last collect need not."""
         self._drain()
-        with ThreadPoolExecutor(1, "compare") as beside:
-            compared = beside.submit(self._tracker.compare)
-            yield
-        compared.result()
+        self._tracker.compare()
 
     def _look(self, moment: Moment) -> Collected:
         if moment is not Moment.RUNNING:

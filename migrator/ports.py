@@ -94,6 +94,9 @@ class LeavingContainer(Protocol):
     def freeze(self) -> None:
         """Freeze the control group and wait until every task is frozen."""
 
+    def go_on(self) -> None:
+        """Undo `freeze` where nothing else has been done since."""
+
     def disconnect(self) -> None:
         """Take the container's links off the network."""
 

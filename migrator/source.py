@@ -8,9 +8,10 @@ What may go wrong at each line, and what happens then:
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 
 import structlog
 
@@ -47,6 +48,9 @@ FEATURES = ("send-v1", snapshots.FEATURE)
 ANSWER_PATIENCE_S = 15.0
 ANSWER_RETRY_S = 0.5
 SETTLE_POLL_S = 0.05
+# How often a container is let go on that was stopped, and what it takes, in times of what should have been left.
+RETREATS = 3
+RETREAT = 4
 FAILURES = (MigratorError, BlockError, OSError)
 
 log = structlog.get_logger()
@@ -114,6 +118,7 @@ class Departure:
         self._snapshots = SnapshotCopy(container.snapshots)
         self._planned_bytes = 0
         self._log_bytes = 0
+        self._limit_bytes = 0
         self._epoch = 0
         self._frozen_at = 0.0
         self._touched = False
@@ -153,12 +158,12 @@ class Departure:
                 with phase("prepare"):
                     prepared = self._prepare(undo)
                 with phase("precopy"):
-                    copy = self._precopy(undo, prepared)
+                    copy, fits = self._precopy(undo, prepared)
                     rehearsal = undo.enter_context(self._rehearse())
                 with phase("freeze"):
-                    self._freeze(undo, prepared, rehearsal)
+                    self._freeze(undo, prepared, copy, rehearsal, fits=fits)
                 with phase("final"):
-                    self._final(copy, prepared.memory)
+                    self._final(copy)
                 with phase("restore"):
                     self._restore()
                 self._progress.commit()
@@ -229,8 +234,8 @@ class Departure:
         checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))
         return _Prepared(prepared.has_base, memory, checkpoint)
 
-    def _precopy(self, undo: ExitStack, prepared: _Prepared) -> DiskCopy:
-        """The disk, the memory, and the log so far, while the container runs."""
+    def _precopy(self, undo: ExitStack, prepared: _Prepared) -> tuple[DiskCopy, bool]:
+        """The disk, the memory, and the log so far, while the container runs. As `_converge`."""
         container, peer, memory = self._container, self._peer, prepared.memory
         copy = DiskCopy(container, undo)
         sender = self._sender()
@@ -245,12 +250,12 @@ class Departure:
             bases[target] = verify.chunks(runs, volume.size_bytes, verify.BLOCK_BYTES)
         peer.send(copy.first_pass(sender, bases))
         peer.send(self._log(sender))
-        self._converge(undo, copy, memory, sender)
+        fits = self._converge(undo, copy, memory, sender)
         faults.point("source.precopy")
-        return copy
+        return copy, fits
 
-    def _converge(self, undo: ExitStack, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> None:
-        """Rounds until what is left fits the time that the container may stand still, or as the operator wants it."""
+    def _converge(self, undo: ExitStack, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> bool:
+        """Rounds until what is left fits the time that it may stand still: True. Or as the operator wants it."""
         container, options = self._container, self._options
         shares = iter(convergence.CPU_SHARES)
 
@@ -264,7 +269,7 @@ class Departure:
             if step is Next.STUCK:
                 self._progress.note(f"does not converge: {options.on_no_converge.value}")
                 if options.on_no_converge is OnNoConverge.FREEZE:
-                    return
+                    return False
                 share = next(shares, None) if options.on_no_converge is OnNoConverge.THROTTLE else None
                 if share is None:
                     seconds = convergence.standstill_s(done, left)
@@ -285,6 +290,8 @@ class Departure:
             self._progress.note(
                 f"round {len(done)}: {format_size(sent)} in {format_duration(seconds * 1000)}, {format_size(left)} left"
             )
+        self._limit_bytes = convergence.limit_bytes(done, options.max_downtime_s)
+        return True
 
     def _round(self, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         yield from copy.requests(sender)
@@ -305,43 +312,82 @@ class Departure:
             rehearsal.enter_context(self._container.volumes_ready())
         return rehearsal
 
-    def _freeze(self, undo: ExitStack, prepared: _Prepared, rehearsal: ExitStack) -> None:
+    def _stop(self, undo: ExitStack, prepared: _Prepared, copy: DiskCopy, *, fits: bool) -> None:
+        """Stop the tasks. If much more was written in the last moment than the rounds have shown, let them go on."""
+        container, memory = self._container, prepared.memory
+        for _ in range(RETREATS if fits else 0):
+            self._stop_tasks()
+            if memory is None:
+                return
+            with self._progress.step("collect"):
+                left = memory.collect(Moment.PAUSED)
+            if left <= RETREAT * self._limit_bytes:
+                return
+            container.go_on()
+            self._progress.note(f"{format_size(left)} were left after it had stopped: it goes on")
+            fits = self._converge(undo, copy, memory, self._sender())
+        self._stop_tasks()
+        if memory:
+            with self._progress.step("collect"):
+                memory.collect(Moment.PAUSED)
+
+    def _stop_tasks(self) -> None:
         self._frozen_at = time.monotonic()
-        checkpoint, memory = prepared.checkpoint, prepared.memory
-        if checkpoint is None:
-            return
-        container, step = self._container, self._progress.step
         self._touched = True
-        with step("tasks"):
-            container.freeze()
+        with self._progress.step("tasks"):
+            self._container.freeze()
+
+    def _freeze(
+        self, undo: ExitStack, prepared: _Prepared, copy: DiskCopy, rehearsal: ExitStack, *, fits: bool
+    ) -> None:
+        """Stop it, and send its memory and CRIU's images as they come."""
+        container, checkpoint, step = self._container, prepared.checkpoint, self._progress.step
+        if checkpoint is None:
+            self._frozen_at = time.monotonic()
+            return
+        self._stop(undo, prepared, copy, fits=fits)
         with step("traffic"):
             self._peer.hold_traffic(self._name, self._epoch)
             container.disconnect()
         faults.point("source.freeze")
-        with step("dump"), memory.comparing() if memory else nullcontext():
-            checkpoint.dump(memory.left_out() if memory else [])
-        faults.point("source.dump")
-        with step("file system"):
-            rehearsal.close()
-            undo.callback(container.thaw_volumes)
-            container.freeze_volumes()
+        left_out = prepared.memory.left_out() if prepared.memory else []
+        dumped: Future[None] = Future()
+        with ThreadPoolExecutor(1) as beside:
+            sent = beside.submit(self._peer.send, self._processes(prepared.memory, dumped))
+            try:
+                with step("dump"):
+                    checkpoint.dump(left_out)
+            except BaseException as error:
+                dumped.set_exception(error)
+                raise
+            dumped.set_result(None)
+            faults.point("source.dump")
+            with step("file system"):
+                rehearsal.close()
+                undo.callback(container.thaw_volumes)
+                container.freeze_volumes()
+            sent.result()
 
-    def _final(self, copy: DiskCopy, memory: MemoryCopy | None) -> None:
+    def _processes(self, memory: MemoryCopy | None, dumped: "Future[None]") -> Iterator[peer_pb2.SendRequest]:
+        sender = self._sender()
+        if memory:
+            yield from memory.requests(sender)
+            memory.compare()
+        dumped.result()
+        if memory:
+            # CRIU has written to them: system calls into their code, which it took back.
+            with self._progress.step("last collect"):
+                memory.collect(Moment.LAST)
+            yield from memory.requests(sender)
+        for image in sorted(self._container.images.iterdir()):
+            if not image.is_symlink():  # to the parent
+                yield from sender.requests(f"image/{image.name}", read_file(image))
+
+    def _final(self, copy: DiskCopy) -> None:
+        """The disk's last delta; nothing changes any more."""
         sender = self._sender()
         copy.collect()
-        if memory:
-            with self._progress.step("collect"):
-                memory.collect(Moment.LAST)
-
-        def requests() -> Iterator[peer_pb2.SendRequest]:
-            yield from self._round(copy, memory, sender)
-            if self._live:
-                for image in sorted(self._container.images.iterdir()):
-                    if not image.is_symlink():  # to the parent
-                        yield from sender.requests(f"image/{image.name}", read_file(image))
-            yield from self._log(sender)
-
-        self._peer.send(requests())
+        self._peer.send(chain(copy.requests(sender), self._log(sender)))
         if self._options.verify:
             with self._progress.step("verify"):
                 self._verify(copy)

@@ -213,6 +213,20 @@ def test_verify_finds_what_was_not_sent(
         assert migration.reason == "VERIFY"
 
 
+@pytest.mark.parametrize(("bursts", "retreats"), [(1, 1), (source.RETREATS + 2, source.RETREATS)])
+def test_a_burst_in_the_last_moment_lets_it_go_on(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, bursts: int, retreats: int
+) -> None:
+    """But not for ever."""
+    # Zeros are sent so fast that nothing is too much.
+    monkeypatch.setattr(source, "RETREAT", 0)
+    pair.container.bursts = bursts
+    _, progress = pair.migrate()
+    assert pair.expect_settled()
+    assert [name for name, _ in pair.calls.seen].count("source.go on") == retreats
+    assert sum("it goes on" in note for note in progress.snapshot().notes) == retreats
+
+
 ERRORS: dict[str, Callable[[str], BaseException]] = {
     "execution": ExecutionError,
     "os": lambda text: OSError(5, text),

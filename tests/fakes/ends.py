@@ -124,8 +124,13 @@ class FakeMemory:
         ObjectKey(targets.internal_device(), 7), "/memfd:fake (deleted)", 8192, [Range(0, 4096)], [Range(4096, 8192)]
     )
 
-    def __init__(self) -> None:
+    # More than could be sent while a container stands still: zeros.
+    burst = Range(1 << 41, (1 << 41) + (1 << 30))
+
+    def __init__(self, bursts: int = 0) -> None:
+        """The first `bursts` looks at the container that has stopped find a burst."""
         one, other = self.pages
+        self._bursts = bursts
         self._looks = [
             ProcessChange(self.process, [one], [other], True),
             ProcessChange(self.process, [*self.pages], [], True),
@@ -135,6 +140,9 @@ class FakeMemory:
         pass
 
     def collect(self, moment: Moment = Moment.RUNNING) -> Collected:
+        if moment is Moment.PAUSED and self._bursts:
+            self._bursts -= 1
+            return Collected([ProcessChange(self.process, [self.burst], [], True)], [self.shared])
         return Collected([self._looks.pop()] if self._looks else [], [self.shared])
 
     def drain(self, seconds: float = 1.0) -> list[str]:
@@ -142,6 +150,9 @@ class FakeMemory:
 
     def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
         for part in ranges:
+            if part == self.burst:
+                yield Piece(part.start, part.length, None)
+                continue
             is_gone = part == self.pages[1] and not self._looks
             yield Gone(part.start, part.end) if is_gone else Piece(part.start, part.length, b"m" * part.length)
 
@@ -171,6 +182,7 @@ class FakeLeaving:
         self.create_time_ms = self.start_time_ms = 1
         self.memory_bytes = 4096
         self.unwritten_bytes = 0
+        self.bursts = 0
         self.log = folder / "log"
         self.log.write_text("a line\n")
         self.image = folder / "volume"
@@ -221,7 +233,7 @@ class FakeLeaving:
     def track_memory(self) -> Iterator[tuple[FakeMemory, str]]:
         with self._call("source.track memory"):
             pass
-        yield FakeMemory(), "memory is tracked by a fake"
+        yield FakeMemory(self.bursts), "memory is tracked by a fake"
         with self._call("source.untrack memory"):
             pass
 
@@ -270,6 +282,11 @@ class FakeLeaving:
     def freeze(self) -> None:
         with self._call("source.freeze"):
             self.frozen = True
+            self._update()
+
+    def go_on(self) -> None:
+        with self._call("source.go on"):
+            self.frozen = False
             self._update()
 
     def disconnect(self) -> None:
