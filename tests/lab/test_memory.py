@@ -1,0 +1,88 @@
+"""Memory that is written while it moves: never a wrong byte, no growing pause, and what is done about fast writers."""
+
+import base64
+import re
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.lab.lab_kit import HOSTS, Lab, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.root]
+
+SOURCE = Path(__file__).parents[1] / "contract" / "fill_victim.c"
+A, B = HOSTS
+THERE_AND_BACK = ((A, B), (B, A))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A process that knows what its memory has to hold, linked statically, in base64."""
+    path = tmp_path_factory.mktemp("victim") / "victim"
+    subprocess.run(["cc", "-O2", "-static", "-pthread", "-o", path, SOURCE], check=True)
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def start(lab: Lab, program: str, scenario: str, mib: int) -> None:
+    lab.image(A, "tools", "nginx-light", "python3")
+    command = f"until test -e /go; do sleep 0.05; done; exec /victim /out /go {scenario} {mib}"
+    lab.start(A, scenario, "tools", "--disk", "1GiB", command=["sh", "-c", command])
+    push = "base64 -d >/victim && chmod +x /victim && touch /go"
+    lab.exec(A, scenario, "sh", "-c", push, stdin=program)
+    eventually("it goes round", lambda: told(lab, A, scenario)[0] > 0, 30)
+
+
+def told(lab: Lab, host: str, name: str) -> tuple[int, int]:
+    """Rounds, and how much was wrong."""
+    found = re.match(r"rounds (\d+) +bad (\d+)", lab.exec(host, name, "cat", "/out"))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def test_never_a_wrong_byte(lab: Lab, program: str) -> None:
+    """Random mmap, munmap, mremap, mprotect, madvise, fork and writes; all of it is checked in every round."""
+    start(lab, program, "endless", 24)
+    for move in range(6):
+        source, destination = THERE_AND_BACK[move % 2]
+        lab.migrate("endless", source, destination)
+        rounds, bad = told(lab, destination, "endless")
+        assert not bad
+        eventually("it goes on", lambda h=destination, r=rounds: told(lab, h, "endless")[0] > r + 2, 30)  # type: ignore[misc]
+        assert not told(lab, destination, "endless")[1]
+
+
+def test_the_pause_does_not_grow_with_memory(lab: Lab) -> None:
+    pauses = {}
+    for keys in (1_000, 400_000):
+        lab.start_redis(A, "redis", "10.77.2.111", "--disk", "1GiB", "--memory", "2GiB")
+        lab.redis("10.77.2.111", "debug", "populate", str(keys), "key", "1000")
+        digest = lab.redis("10.77.2.111", "debug", "digest")
+        reports = [lab.migrate("redis", *move) for move in THERE_AND_BACK]
+        assert lab.redis("10.77.2.111", "debug", "digest") == digest
+        pauses[keys] = statistics.mean(report["downtime_ms"] for report in reports)
+        print(f"{keys} keys, {reports[0]['bytes']['memory'] >> 20} MiB: {pauses[keys]:.0f} ms")
+        lab.remove_all()
+    # CRIU alone would need 800 ms more to dump, send and read it.
+    assert pauses[400_000] < pauses[1_000] + 250
+
+
+def test_a_writer_that_is_too_fast(lab: Lab, program: str) -> None:
+    start(lab, program, "writer", 32)
+    lab.migrate("writer", A, B)
+    slowly = ("--bandwidth", "160Mbit/s")
+    code, report = lab.try_migrate("writer", B, A, *slowly, "--on-no-converge", "abort")
+    assert (code, report["outcome"], report["error"]["reason"]) == (5, "rolled_back", "NOT_CONVERGED")
+    assert "--on-no-converge" in report["error"]["message"]
+    before = told(lab, B, "writer")[0]
+    eventually("it goes on", lambda: told(lab, B, "writer")[0] > before)
+    report = lab.migrate("writer", B, A, *slowly, "--on-no-converge", "throttle")
+    print("\n".join(report["notes"]), f"{report['downtime_ms']:.0f} ms", sep="\n")
+    assert any("throttle" in note for note in report["notes"])
+    assert report["downtime_ms"] < 1000
+    # It is given back all its processor time.
+    before = told(lab, A, "writer")[0]
+    eventually("it is as fast as before", lambda: told(lab, A, "writer")[0] > before + 50_000, 20)
+    # Stopped for as long as it takes: the pages are mostly zeros, which compress well.
+    report = lab.migrate("writer", A, B, *slowly)
+    assert report["downtime_ms"] > 400
