@@ -219,7 +219,7 @@ def test_a_burst_in_the_last_moment_lets_it_go_on(
 ) -> None:
     """But not for ever."""
     # Zeros are sent so fast that nothing is too much.
-    monkeypatch.setattr(source, "RETREAT", 0)
+    monkeypatch.setattr(source, "RETREAT", 0.001)
     pair.container.bursts = bursts
     _, progress = pair.migrate()
     assert pair.expect_settled()
