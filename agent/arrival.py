@@ -32,6 +32,7 @@ from migrator.v1 import container_pb2, peer_pb2
 
 REQUEST = "arrival.pb"
 RESTORE_LOG = "restore.log"
+PROGRAMS = "programs"
 LAUNCH_TIMEOUT_S = 30.0
 
 log = structlog.get_logger()
@@ -48,7 +49,7 @@ class Arriving:
         self._links = interfaces(request.spec)
         self._paths = managers.runtime.paths(self._name)
         self._folder = managers.migration_folder(request.migration)
-        self._restore = HeldRestore(self._folder)
+        self._restore = HeldRestore(self._folder, self._paths.bundle / PROGRAMS)
         cgroup = managers.runtime.cgroup(self._name).freezer
         self.shared = SharedStore()
         self._memory = ArrivingMemory(self._folder, self._restore.images, self._paths.bundle, cgroup)
@@ -264,6 +265,8 @@ class Arriving:
         self._memory.release()
         if self._folder.exists():
             shutil.rmtree(self._folder)
+        if self._restore.programs.exists():
+            shutil.rmtree(self._restore.programs)
 
     def _close(self) -> None:
         self.shared.close()

@@ -81,11 +81,14 @@ tcp-established
 
 
 class HeldRestore:
-    """The folder of one restore, on a tmpfs: CRIU's images, the stand-in, the script and the pipes between."""
+    """The folder of one restore, on a tmpfs: CRIU's images, and the pipes to the stand-in and the script.
 
-    def __init__(self, folder: Path) -> None:
+    These are in `programs`, on a file system from which programs may be started: /run is often not one.
+    """
+
+    def __init__(self, folder: Path, programs: Path) -> None:
         self.images = folder / "images"
-        self.programs = folder / "programs"
+        self.programs = programs
         self.configuration = folder / "criu.conf"
         self._folder = folder
         self._said = -1
@@ -98,7 +101,7 @@ class HeldRestore:
         for folder in (self._folder, self.images, self.programs):
             folder.mkdir(parents=True, mode=0o700)
         quoted = shlex.quote(str(self._folder))
-        hook = self._folder / "hook"
+        hook = self.programs / "hook"
         _write_script(self.programs / "criu", _STAND_IN.format(folder=quoted, criu=shlex.quote(criu)))
         _write_script(hook, _HOOK.format(folder=quoted, freeze=freeze))
         lines = _CRIU_CONFIGURATION.format(hook=hook) + ("lazy-pages\n" if lazy else "")
@@ -129,15 +132,15 @@ class HeldRestore:
 
     def is_held(self) -> bool:
         """Whether the script waits for its verdict, also one that an earlier agent has started."""
-        return self._process("hook.pid", "hook") is not None
+        return self._process("hook.pid", self.programs / "hook") is not None
 
-    def _process(self, pid_file: str, script: str) -> Process | None:
+    def _process(self, pid_file: str, script: Path) -> Process | None:
         """The process that has noted its pid there, if it still runs that script."""
         try:
             pid = int((self._folder / pid_file).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return Process.find(pid) if str(self._folder / script) in command(pid) else None
+        return Process.find(pid) if str(script) in command(pid) else None
 
     def resume(self, launch: Launch | None) -> None:
         """Let the tasks go on; returns when their sockets are back, just before the first of them runs."""
@@ -155,7 +158,7 @@ class HeldRestore:
         for name in ("go", "verdict"):
             _tell(self._folder / name, "give-up", must_be_heard=False)
         # The stand-in may not have come as far as to listen.
-        stand_in = self._process("asked/pid", "programs/criu")
+        stand_in = self._process("asked/pid", self.programs / "criu")
         if stand_in is not None:
             stand_in.signal(signal.SIGKILL)
 
