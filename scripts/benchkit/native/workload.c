@@ -174,14 +174,24 @@ static int serve_stream(struct connection *one) {
     }
 }
 
+/* The answer leaves from the address that was asked: a host has several. */
 static void serve_datagrams(int socket) {
     struct question question;
+    struct answer answer;
     struct sockaddr_in from;
-    socklen_t length = sizeof from;
-    while (recvfrom(socket, &question, sizeof question, 0, (struct sockaddr *)&from, &length) == sizeof question) {
-        struct answer answer = answer_to(&question);
-        sendto(socket, &answer, sizeof answer, 0, (struct sockaddr *)&from, length);
-        length = sizeof from;
+    union {
+        char bytes[CMSG_SPACE(sizeof(struct in_pktinfo))];
+        struct cmsghdr aligned;
+    } control;
+    for (;;) {
+        struct iovec in = {&question, sizeof question}, out = {&answer, sizeof answer};
+        struct msghdr message = {&from, sizeof from, &in, 1, &control, sizeof control, 0};
+        if (recvmsg(socket, &message, 0) != sizeof question) return;
+        answer = answer_to(&question);
+        message.msg_iov = &out;
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        if (header) ((struct in_pktinfo *)CMSG_DATA(header))->ipi_ifindex = 0;
+        sendmsg(socket, &message, 0);
     }
 }
 
@@ -195,7 +205,8 @@ static int bound(int type) {
 }
 
 static void serve(void) {
-    int listener = bound(SOCK_STREAM), datagrams = bound(SOCK_DGRAM), poll = epoll_create1(EPOLL_CLOEXEC);
+    int listener = bound(SOCK_STREAM), datagrams = bound(SOCK_DGRAM), poll = epoll_create1(EPOLL_CLOEXEC), one = 1;
+    setsockopt(datagrams, IPPROTO_IP, IP_PKTINFO, &one, sizeof one);
     if (listen(listener, 512) != 0 || poll < 0) die("listen");
     static struct connection first, second;
     first.socket = listener, second.socket = datagrams;
