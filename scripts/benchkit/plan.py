@@ -64,6 +64,8 @@ def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], r
         who = tuple(task.contenders)
         if extent is QUICK and name in WORKLOADS:
             who = tuple(one for one in who if one in QUICK_MOVERS.get(name, QUICK_OTHERS))
+            if name not in QUICK_MOVERS and CriuLazy.name in who:
+                who = tuple(one for one in who if one != LazyPages.name)  # the same with a runtime's time on top
         planned = extent.large_runs if name in LARGE else extent.runs if name in ROW_TASKS else extent.other_runs
         if name in CHEAP:
             planned = max(CHEAP_RUNS, planned)

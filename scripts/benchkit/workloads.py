@@ -62,6 +62,11 @@ class Workload:
         return [f"tcp:{address}:{PORT}"] * self.connections + [f"udp:{address}:{PORT}"]
 
     @property
+    def least_bytes(self) -> int:
+        """What has to be moved at the least, memory and disk."""
+        return self.memory_bytes + (self.disk_span_mib << 20)
+
+    @property
     def memory_bytes(self) -> int:
         """What has to be moved of memory at the least; of services, what they were filled with."""
         return (self.memory_mib << 20) + (self.processes - 1) * (256 << 10)
