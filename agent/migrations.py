@@ -20,8 +20,9 @@ from migrator import convergence, recovery
 from migrator.convergence import OnNoConverge
 from migrator.errors import Busy, InvalidArgument, NotFound, Precondition
 from migrator.handover import Decision, Outgoing
+from migrator.options import Options
 from migrator.progress import Progress
-from migrator.source import Departure, Here, Options
+from migrator.source import Departure, Here
 from migrator.v1 import migration_pb2, peer_pb2
 
 SCHEMA = """

@@ -17,15 +17,13 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import convergence, disk, faults, recovery, snapshots, verify
-from migrator.convergence import Next, OnNoConverge, Round
+from migrator import disk, faults, recovery, snapshots, verify
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import (
     Cancelled,
     ExecutionError,
     MigratorError,
-    NotConverged,
     PeerError,
     Precondition,
     RolledBack,
@@ -34,13 +32,13 @@ from migrator.errors import (
 )
 from migrator.files import read_file
 from migrator.handover import Decision, HandoverError, OutgoingJournal, Stage
-from migrator.memory import Moment
 from migrator.memory_copy import MemoryCopy
+from migrator.options import Options
 from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
+from migrator.rounds import Rounds
 from migrator.snapshots import SnapshotCopy
 from migrator.stream import Digests, Meter, Sender
-from migrator.units import format_duration, format_size
 from migrator.v1 import migration_pb2, peer_pb2
 
 FEATURES = ("send-v1", snapshots.FEATURE)
@@ -48,23 +46,9 @@ FEATURES = ("send-v1", snapshots.FEATURE)
 ANSWER_PATIENCE_S = 15.0
 ANSWER_RETRY_S = 0.5
 SETTLE_POLL_S = 0.05
-# How often a container is let go on that was stopped, and what it takes, in times of what should have been left.
-RETREATS = 3
-RETREAT = 4
 FAILURES = (MigratorError, BlockError, OSError)
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the operator has asked for."""
-
-    check_only: bool = False
-    bandwidth_bytes_per_s: int = 0
-    verify: bool = False
-    max_downtime_s: float = convergence.DEFAULT_DOWNTIME_S
-    on_no_converge: OnNoConverge = OnNoConverge.FREEZE
 
 
 @dataclass(frozen=True)
@@ -118,7 +102,6 @@ class Departure:
         self._snapshots = SnapshotCopy(container.snapshots)
         self._planned_bytes = 0
         self._log_bytes = 0
-        self._limit_bytes = 0
         self._epoch = 0
         self._frozen_at = 0.0
         self._touched = False
@@ -158,12 +141,12 @@ class Departure:
                 with phase("prepare"):
                     prepared = self._prepare(undo)
                 with phase("precopy"):
-                    copy, fits = self._precopy(undo, prepared)
+                    rounds = self._precopy(undo, prepared)
                     rehearsal = undo.enter_context(self._rehearse())
                 with phase("freeze"):
-                    self._freeze(undo, prepared, copy, rehearsal, fits=fits)
+                    self._freeze(undo, prepared.checkpoint, rounds, rehearsal)
                 with phase("final"):
-                    self._final(copy)
+                    self._final(rounds.disk)
                 with phase("restore"):
                     self._restore()
                 self._progress.commit()
@@ -234,9 +217,9 @@ class Departure:
         checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))
         return _Prepared(prepared.has_base, memory, checkpoint)
 
-    def _precopy(self, undo: ExitStack, prepared: _Prepared) -> tuple[DiskCopy, bool]:
-        """The disk, the memory, and the log so far, while the container runs. As `_converge`."""
-        container, peer, memory = self._container, self._peer, prepared.memory
+    def _precopy(self, undo: ExitStack, prepared: _Prepared) -> Rounds:
+        """The disk, the memory, and the log so far, while the container runs."""
+        container, peer = self._container, self._peer
         copy = DiskCopy(container, undo)
         sender = self._sender()
         has_bases = [*container.volumes][: 1 if prepared.has_base else 0]
@@ -250,53 +233,10 @@ class Departure:
             bases[target] = verify.chunks(runs, volume.size_bytes, verify.BLOCK_BYTES)
         peer.send(copy.first_pass(sender, bases))
         peer.send(self._log(sender))
-        fits = self._converge(undo, copy, memory, sender)
+        rounds = Rounds(container, peer, self._sender, copy, prepared.memory, self._progress, self._options)
+        rounds.converge(undo)
         faults.point("source.precopy")
-        return copy, fits
-
-    def _converge(self, undo: ExitStack, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> bool:
-        """Rounds until what is left fits the time that it may stand still: True. Or as the operator wants it."""
-        container, options = self._container, self._options
-        shares = iter(convergence.CPU_SHARES)
-
-        def look() -> int:
-            copy.sync()
-            return copy.collect() + container.unwritten_bytes + (memory.collect() if memory else 0)
-
-        done: list[Round] = []
-        left = look()
-        while (step := convergence.decide(done, left, options.max_downtime_s)) is not Next.FREEZE:
-            if step is Next.STUCK:
-                self._progress.note(f"does not converge: {options.on_no_converge.value}")
-                if options.on_no_converge is OnNoConverge.FREEZE:
-                    return False
-                share = next(shares, None) if options.on_no_converge is OnNoConverge.THROTTLE else None
-                if share is None:
-                    seconds = convergence.standstill_s(done, left)
-                    raise NotConverged(
-                        f"{container.name} writes faster than it can be sent: after {len(done)} rounds what is left "
-                        f"would keep it still for {seconds:.1f} s. Allow that with --max-downtime or --on-no-converge "
-                        "freeze, slow it down with --on-no-converge throttle, or try when it is less busy"
-                    )
-                if share == convergence.CPU_SHARES[0]:
-                    undo.callback(container.throttle, None)
-                container.throttle(share)
-                done.clear()
-            began = time.monotonic()
-            self._peer.send(self._round(copy, memory, sender))
-            seconds, sent = time.monotonic() - began, left
-            left = look()
-            done.append(Round(sent, seconds, left))
-            self._progress.note(
-                f"round {len(done)}: {format_size(sent)} in {format_duration(seconds * 1000)}, {format_size(left)} left"
-            )
-        self._limit_bytes = convergence.limit_bytes(done, options.max_downtime_s)
-        return True
-
-    def _round(self, copy: DiskCopy, memory: MemoryCopy | None, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
-        yield from copy.requests(sender)
-        if memory:
-            yield from memory.requests(sender)
+        return rounds
 
     def _send_snapshots(self, sender: Sender) -> None:
         """Afterwards each volume there is what it was when the current one was taken."""
@@ -312,48 +252,27 @@ class Departure:
             rehearsal.enter_context(self._container.volumes_ready())
         return rehearsal
 
-    def _stop(self, undo: ExitStack, prepared: _Prepared, copy: DiskCopy, *, fits: bool) -> None:
-        """Stop the tasks. If much more was written in the last moment than the rounds have shown, let them go on."""
-        container, memory = self._container, prepared.memory
-        for _ in range(RETREATS if fits else 0):
-            self._stop_tasks()
-            if memory is None:
-                return
-            with self._progress.step("collect"):
-                left = memory.collect(Moment.PAUSED)
-            if left <= RETREAT * self._limit_bytes:
-                return
-            container.go_on()
-            self._progress.note(f"{format_size(left)} were left after it had stopped: it goes on")
-            fits = self._converge(undo, copy, memory, self._sender())
-        self._stop_tasks()
-        if memory:
-            with self._progress.step("collect"):
-                memory.collect(Moment.PAUSED)
-
     def _stop_tasks(self) -> None:
         self._frozen_at = time.monotonic()
         self._touched = True
         with self._progress.step("tasks"):
             self._container.freeze()
 
-    def _freeze(
-        self, undo: ExitStack, prepared: _Prepared, copy: DiskCopy, rehearsal: ExitStack, *, fits: bool
-    ) -> None:
+    def _freeze(self, undo: ExitStack, checkpoint: Checkpoint | None, rounds: Rounds, rehearsal: ExitStack) -> None:
         """Stop it, and send its memory and CRIU's images as they come."""
-        container, checkpoint, step = self._container, prepared.checkpoint, self._progress.step
+        container, step = self._container, self._progress.step
         if checkpoint is None:
             self._frozen_at = time.monotonic()
             return
-        self._stop(undo, prepared, copy, fits=fits)
+        rounds.stop(undo, self._stop_tasks)
         with step("traffic"):
             self._peer.hold_traffic(self._name, self._epoch)
             container.disconnect()
         faults.point("source.freeze")
-        left_out = prepared.memory.left_out() if prepared.memory else []
+        left_out = rounds.left_out()
         dumped: Future[None] = Future()
         with ThreadPoolExecutor(1) as beside:
-            sent = beside.submit(self._peer.send, self._processes(prepared.memory, dumped))
+            sent = beside.submit(self._peer.send, rounds.last(dumped))
             try:
                 with step("dump"):
                     checkpoint.dump(left_out)
@@ -367,21 +286,6 @@ class Departure:
                 undo.callback(container.thaw_volumes)
                 container.freeze_volumes()
             sent.result()
-
-    def _processes(self, memory: MemoryCopy | None, dumped: "Future[None]") -> Iterator[peer_pb2.SendRequest]:
-        sender = self._sender()
-        if memory:
-            yield from memory.requests(sender)
-            memory.compare()
-        dumped.result()
-        if memory:
-            # CRIU has written to them: system calls into their code, which it took back.
-            with self._progress.step("last collect"):
-                memory.collect(Moment.LAST)
-            yield from memory.requests(sender)
-        for image in sorted(self._container.images.iterdir()):
-            if not image.is_symlink():  # to the parent
-                yield from sender.requests(f"image/{image.name}", read_file(image))
 
     def _final(self, copy: DiskCopy) -> None:
         """The disk's last delta; nothing changes any more."""

@@ -16,12 +16,13 @@ from agent import journal
 from agent.database import Database
 from agent.journal import Incomings, Outgoings
 from blockdev.errors import BlockError
-from migrator import destination, recovery, source
+from migrator import destination, recovery, rounds, source
 from migrator.destination import Arrivals
 from migrator.errors import ExecutionError, MigratorError, NotFound, Unreachable
 from migrator.handover import Decision, Incoming
+from migrator.options import Options
 from migrator.progress import Progress
-from migrator.source import Departure, Here, Options
+from migrator.source import Departure, Here
 from migrator.v1 import container_pb2, migration_pb2, peer_pb2
 from tests.fakes.ends import (
     LIVE,
@@ -213,13 +214,13 @@ def test_verify_finds_what_was_not_sent(
         assert migration.reason == "VERIFY"
 
 
-@pytest.mark.parametrize(("bursts", "retreats"), [(1, 1), (source.RETREATS + 2, source.RETREATS)])
+@pytest.mark.parametrize(("bursts", "retreats"), [(1, 1), (rounds.RETREATS + 2, rounds.RETREATS)])
 def test_a_burst_in_the_last_moment_lets_it_go_on(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, bursts: int, retreats: int
 ) -> None:
     """But not for ever."""
     # Zeros are sent so fast that nothing is too much.
-    monkeypatch.setattr(source, "RETREAT", 0.001)
+    monkeypatch.setattr(rounds, "RETREAT", 0.001)
     pair.container.bursts = bursts
     _, progress = pair.migrate()
     assert pair.expect_settled()

@@ -1,0 +1,135 @@
+"""Disk and memory at the source, round by round while the container runs, and what is left when it has stopped."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from itertools import chain
+
+from migrator import convergence
+from migrator.convergence import Next, OnNoConverge, Round
+from migrator.disk import DiskCopy
+from migrator.errors import NotConverged
+from migrator.files import read_file
+from migrator.memory import Moment
+from migrator.memory_copy import MemoryCopy
+from migrator.options import Options
+from migrator.ports import LeavingContainer, Peer
+from migrator.progress import Progress
+from migrator.stream import Sender
+from migrator.units import format_duration, format_size
+from migrator.v1 import peer_pb2
+
+# How often a container is let go on that was stopped, and what it takes, in times of what should have been left.
+RETREATS = 3
+RETREAT = 4
+
+
+class Rounds:
+    """`memory` is None where CRIU dumps it, and for a container that does not run."""
+
+    def __init__(
+        self,
+        container: LeavingContainer,
+        peer: Peer,
+        sender: Callable[[], Sender],
+        disk: DiskCopy,
+        memory: MemoryCopy | None,
+        progress: Progress,
+        options: Options,
+    ) -> None:
+        self.disk = disk
+        self._container = container
+        self._peer = peer
+        self._sender = sender
+        self._memory = memory
+        self._progress = progress
+        self._options = options
+        # What may be left when it stops; None if it stops whatever is left.
+        self._limit_bytes: int | None = None
+
+    def converge(self, undo: ExitStack) -> None:
+        """Rounds until what is left can be sent while the container stands still, or as the operator wants it.
+
+        Raises NotConverged.
+        """
+        options, done = self._options, list[Round]()
+        shares = iter(convergence.CPU_SHARES)
+        left = self._look()
+        while (step := convergence.decide(done, left, options.max_downtime_s)) is not Next.FREEZE:
+            if step is Next.STUCK:
+                self._progress.note(f"does not converge: {options.on_no_converge.value}")
+                if options.on_no_converge is OnNoConverge.FREEZE:
+                    self._limit_bytes = None
+                    return
+                self._throttle(undo, next(shares, None), done, left)
+                done.clear()
+            began, sent = time.monotonic(), left
+            self._peer.send(chain(self.disk.requests(sender := self._sender()), self._changed(sender)))
+            seconds = time.monotonic() - began
+            left = self._look()
+            done.append(Round(sent, seconds, left))
+            self._progress.note(
+                f"round {len(done)}: {format_size(sent)} in {format_duration(seconds * 1000)}, {format_size(left)} left"
+            )
+        self._limit_bytes = convergence.limit_bytes(done, options.max_downtime_s)
+
+    def stop(self, undo: ExitStack, stop_tasks: Callable[[], None]) -> None:
+        """Stop the tasks. If much more was written in the last moment than the rounds have shown, let them go on."""
+        retreats = 0
+        while True:
+            stop_tasks()
+            if self._memory is None:
+                return
+            with self._progress.step("collect"):
+                left = self._memory.collect(Moment.PAUSED)
+            if self._limit_bytes is None or left <= RETREAT * self._limit_bytes or retreats == RETREATS:
+                return
+            retreats += 1
+            self._container.go_on()
+            self._progress.note(f"{format_size(left)} were left after it had stopped: it goes on")
+            self.converge(undo)
+
+    def left_out(self) -> list[os.stat_result]:
+        """With the container stopped: the shared memory that CRIU need not dump."""
+        return self._memory.left_out() if self._memory else []
+
+    def last(self, dumped: "Future[None]") -> Iterator[peer_pb2.SendRequest]:
+        """With the container stopped: its memory, and CRIU's images once they are there."""
+        sender = self._sender()
+        yield from self._changed(sender)
+        if self._memory:
+            self._memory.compare()
+        dumped.result()
+        if self._memory:
+            # CRIU has written to them: system calls into their code, which it took back.
+            with self._progress.step("last collect"):
+                self._memory.collect(Moment.LAST)
+        yield from self._changed(sender)
+        for image in sorted(self._container.images.iterdir()):
+            if not image.is_symlink():  # to the parent
+                yield from sender.requests(f"image/{image.name}", read_file(image))
+
+    def _look(self) -> int:
+        """What a round would have to send now, in bytes."""
+        self.disk.sync()
+        memory = self._memory.collect() if self._memory else 0
+        return self.disk.collect() + self._container.unwritten_bytes + memory
+
+    def _changed(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
+        if self._memory:
+            yield from self._memory.requests(sender)
+
+    def _throttle(self, undo: ExitStack, share: float | None, done: list[Round], left: int) -> None:
+        name = self._container.name
+        if self._options.on_no_converge is not OnNoConverge.THROTTLE or share is None:
+            seconds = convergence.standstill_s(done, left)
+            raise NotConverged(
+                f"{name} writes faster than it can be sent: after {len(done)} rounds what is left would keep it still "
+                f"for {seconds:.1f} s. Allow that with --max-downtime or --on-no-converge freeze, slow it down with "
+                "--on-no-converge throttle, or try when it is less busy"
+            )
+        if share == convergence.CPU_SHARES[0]:
+            undo.callback(self._container.throttle, None)
+        self._container.throttle(share)
