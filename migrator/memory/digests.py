@@ -31,7 +31,7 @@ class Digests:
     def changed(self, descriptor: int, ranges: Iterable[Range]) -> list[Range]:
         """The pages in these ranges (whole pages) of the file that are not as they were when last looked at, in order.
 
-        They are looked at by this: what is in them now is what later looks are compared to.
+        They are looked at by this: what is in them now is what later looks are compared to, unless `seen` says better.
         """
         found: list[Range] = []
         with memoryview(self._buffer) as view:
@@ -44,6 +44,14 @@ class Digests:
                 for block in pieces([Range(piece.start, piece.start + padded)], _BLOCK_BYTES):
                     self._look(known, block, view[block.start - piece.start : block.end - piece.start], found)
         return found
+
+    def seen(self, start: int, data: memoryview) -> None:
+        """Whole pages as they were taken from the file, which may be after the look: what was changed in between and is
+        changed back by the next look has to be found by that, too."""
+        for piece in pieces([Range(start, start + len(data))], _PIECE_BYTES):
+            known = self._pieces.setdefault(piece.start // _PIECE_BYTES, array("Q", _NOTHING_KNOWN))
+            for block in pieces([piece], _BLOCK_BYTES):
+                self._look(known, block, data[block.start - start : block.end - start], [])
 
     def forget(self, ranges: Iterable[Range]) -> None:
         """What is there next will have changed."""

@@ -118,7 +118,7 @@ class Follower:
 
     def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
         """See MemoryTracker."""
-        return reading.read_object(self._objects[key].descriptor, ranges)
+        return self._objects[key].read(ranges)
 
     def compare(self) -> None:
         """See MemoryTracker."""

@@ -3,7 +3,7 @@
 import ctypes
 import errno
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple
 
 from blockdev.blocks import Piece
@@ -68,8 +68,13 @@ def read_process(process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece
         raise ProcessGone(f"process {process.pid} has ended")
 
 
-def read_object(descriptor: int, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
-    """The same for a file by offsets; what is beyond its end is gone, and a last page is filled up with zeros."""
+def read_object(
+    descriptor: int, ranges: Iterable[Range], seen: Callable[[int, memoryview], None]
+) -> Iterator[Piece | Gone]:
+    """The same for a file by offsets; what is beyond its end is gone, and a last page is filled up with zeros.
+
+    `seen` is told of all that was read: where, and whole pages of it.
+    """
     buffer = bytearray(PIECE_BYTES)
     with memoryview(buffer) as view:
         for part in pieces(ranges, PIECE_BYTES):
@@ -77,6 +82,7 @@ def read_object(descriptor: int, ranges: Iterable[Range]) -> Iterator[Piece | Go
             padded = -(-done // PAGE_BYTES) * PAGE_BYTES
             view[done:padded] = bytes(padded - done)
             if padded:
+                seen(part.start, view[:padded])
                 yield from split_zero_pages(part.start, bytes(view[:padded]))
             if padded < part.length:
                 yield Gone(part.start + padded, part.end)

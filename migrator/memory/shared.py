@@ -10,13 +10,16 @@ ctime (fine-grained from Linux 6.13 on, in ticks before).
 import ctypes
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from blockdev import extents
+from blockdev.blocks import Piece
 from blockdev.extents import Range
+from migrator.memory import reading
 from migrator.memory.digests import Digests
 from migrator.memory.pagemap import PAGE_BYTES, subtract
+from migrator.memory.reading import Gone
 
 # Of linux/magic.h.
 _TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
@@ -87,6 +90,10 @@ class SharedObject:
             look_at = intersect(extents.merge([*candidates, *new]), populated)
         self._populated = populated
         return Change(self._digests.changed(self.descriptor, look_at), gone)
+
+    def read(self, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+        """What is in it now, which later looks are compared to."""
+        return reading.read_object(self.descriptor, ranges, self._digests.seen)
 
     def populated(self) -> list[Range]:
         """Offsets of what was there at the last look."""
