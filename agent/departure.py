@@ -38,7 +38,8 @@ from migrator.v1 import container_pb2, migration_pb2, peer_pb2
 DUMP_TIMEOUT_S = 120.0
 WARM_UP_TIMEOUT_S = 10.0
 REHEARSAL_S = 0.003
-# One slow rehearsal may be a busy processor.
+# What takes so long has not gained from the rehearsal before; once it may be a busy processor.
+SLOW_REHEARSAL_S = 0.025
 SLOW_REHEARSALS = 3
 # A busy listener is found empty after a few tries; one that nobody accepts from never is.
 ACCEPT_PATIENCE_S = 0.1
@@ -282,7 +283,7 @@ class Departing:
                             began = time.monotonic()
                             filesystem.freeze(at)
                             filesystem.thaw(at)
-                            is_slow = time.monotonic() - began > REHEARSAL_S
+                            is_slow = time.monotonic() - began > SLOW_REHEARSAL_S
                             mounts[at] = mounts[at] + 1 if is_slow else 0
                             if mounts[at] == SLOW_REHEARSALS:
                                 del mounts[at]  # XFS writes its log each time: there is nothing to gain
