@@ -7,9 +7,10 @@ from pathlib import Path
 import structlog
 
 from agent.processes import Process
+from blockdev import filesystem, kernel
 from migrator.errors import ExecutionError
+from migrator.fill import criu_socket, launch
 from migrator.fill import images as fill_images
-from migrator.fill import launch
 from migrator.fill.keeper import Places
 from migrator.fill.status import State, Status
 
@@ -17,6 +18,7 @@ from migrator.fill.status import State, Status
 SLACK_PART = 1.25
 SLACK_BYTES = 256 << 20
 END_S = 5.0
+_MOUNT_FLAGS = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC of mount(2)
 
 log = structlog.get_logger()
 
@@ -34,11 +36,10 @@ class ArrivingMemory:
         self._launched: subprocess.Popen[bytes] | None = None
 
     def mount(self, memory_bytes: int) -> None:
-        """Make room for so much. Raises ExecutionError."""
+        """Make room for so much. Raises OSError."""
         self.store.mkdir(mode=0o700)
         size = int(memory_bytes * SLACK_PART) + SLACK_BYTES
-        options = f"size={size},mode=0700,nosuid,nodev,noexec"
-        _run(["mount", "-t", "tmpfs", "-o", options, "migrator", str(self.store)])
+        kernel.mount("migrator", self.store, "tmpfs", _MOUNT_FLAGS, f"size={size},mode=0700")
 
     def launch(self) -> None:
         """Start the fill: CRIU may restore then."""
@@ -46,7 +47,7 @@ class ArrivingMemory:
         process = Process.find(self._launched.pid)
         if process is None:
             raise ExecutionError(f"the memory fill ended at once; {self._places.work / launch.LOG} says why")
-        self._process.write_text(f"{process.pid} {process.start_ticks}")
+        process.note(self._process)
 
     def prepare(self) -> None:
         """Amend CRIU's images: what the fill maps is left out of the restore."""
@@ -61,8 +62,8 @@ class ArrivingMemory:
 
     def discard(self) -> None:
         """End the fill of a container that is gone, and give the pages back."""
-        process = self._fill()
-        if process is not None:
+        process = Process.noted(self._process)
+        if process is not None and process.is_alive():
             process.signal(15)
             if not process.wait(END_S):
                 process.signal(9)
@@ -74,20 +75,6 @@ class ArrivingMemory:
         if self._launched is not None:
             self._launched.wait(END_S)
         while os.path.ismount(self.store):
-            _run(["umount", str(self.store)])
-        for left in (launch.LOG, "lazy-pages.socket"):
+            filesystem.unmount(self.store)
+        for left in (launch.LOG, criu_socket.NAME):
             (self._places.work / left).unlink(missing_ok=True)
-
-    def _fill(self) -> Process | None:
-        try:
-            pid, ticks = self._process.read_text().split()
-        except FileNotFoundError:
-            return None
-        process = Process(int(pid), int(ticks))
-        return process if process.is_alive() else None
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise ExecutionError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -211,7 +211,8 @@ class Departing:
                 Criu(find_program("criu"), environment(), pageless) as criu,
                 closing(Backlog(self.name)) as self._backlog,
             ):
-                _note_criu(self._folder, criu.pid)
+                if (process := Process.find(criu.pid)) is not None:
+                    process.note(self._folder / CRIU_PROCESS)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
                 yield _Dump(criu, self._request(None if pageless is None else parent), self._cgroup)
         finally:
@@ -390,24 +391,12 @@ def _resume(record: Record, folder: Path, runtime: Runtime, networks: Networks) 
             steps.callback(filesystem.thaw, at)
 
 
-def _note_criu(folder: Path, pid: int) -> None:
-    process = Process.find(pid)
-    if process is not None:
-        temporary = folder / f"{CRIU_PROCESS}.new"
-        temporary.write_text(f"{process.pid} {process.start_ticks}")
-        temporary.rename(folder / CRIU_PROCESS)
-
-
 def _await_criu(folder: Path) -> None:
     """Wait until the CRIU of a dead agent has rolled back: it ends with the control group as it found it, frozen.
 
     Killed half-way it would leave its own code in the tasks, so that is for one that does not come to an end.
     """
-    try:
-        pid, start_ticks = (folder / CRIU_PROCESS).read_text().split()
-    except FileNotFoundError:
-        return
-    process = Process(int(pid), int(start_ticks))
-    if not process.wait(CRIU_ROLLBACK_S):
+    process = Process.noted(folder / CRIU_PROCESS)
+    if process is not None and not process.wait(CRIU_ROLLBACK_S):
         process.signal(signal.SIGKILL)
         process.wait(CRIU_ROLLBACK_S)

@@ -24,6 +24,21 @@ class Process:
         fields = _stat(pid)
         return None if fields is None or fields[0] in "ZX" else cls(pid, int(fields[19]))
 
+    @classmethod
+    def noted(cls, path: Path) -> "Process | None":
+        """The process that `note` has written there, which may be gone by now; None if there is no such file."""
+        try:
+            pid, start_ticks = path.read_text().split()
+        except FileNotFoundError:
+            return None
+        return cls(int(pid), int(start_ticks))
+
+    def note(self, path: Path) -> None:
+        """Write it to a file, for a later life of the agent; the file is replaced as a whole."""
+        temporary = path.with_name(f"{path.name}.new")
+        temporary.write_text(f"{self.pid} {self.start_ticks}")
+        temporary.rename(path)
+
     def is_alive(self) -> bool:
         return Process.find(self.pid) == self
 

@@ -23,7 +23,7 @@ from pycriu.images import inventory_pb2, pagemap_pb2
 from pycriu.images.magic import by_name
 
 from migrator.errors import ExecutionError
-from migrator.images import last_errors
+from migrator.images import joined, last_errors
 
 CACHE = Path("/run/criu.kdat")
 # has_dirty_track of struct kerndat_s; others are tried if it is elsewhere.
@@ -173,4 +173,4 @@ def _write(
     # The inventory alone has no magic of images before its own.
     magics = [by_name[kind]] if kind == "INVENTORY" else [by_name["IMG_COMMON"], by_name[kind]]
     content = b"".join(struct.pack("<I", magic) for magic in magics)
-    path.write_bytes(content + b"".join(struct.pack("<I", len(payload)) + payload for payload in payloads))
+    path.write_bytes(content + joined(payloads))
