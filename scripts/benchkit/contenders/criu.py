@@ -3,10 +3,21 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
-from benchkit.contenders.base import MAC, Bench, Moved, Session
-from benchkit.contenders.moving import ADDRESS, CONNECT, IMAGES, NETNS, RUN, WORK, Ends, networks, quiet, wide_pipes
+from benchkit.contenders.base import MAC, Bench, Session
+from benchkit.contenders.moving import (
+    ADDRESS,
+    CONNECT,
+    IMAGES,
+    NETNS,
+    RUN,
+    WORK,
+    Ends,
+    EndsSession,
+    networks,
+    quiet,
+    wide_pipes,
+)
 from benchkit.contenders.peer_end import Plan
 from benchkit.errors import CannotRunError
 from benchkit.hosts import DESTINATION, SOURCE
@@ -21,16 +32,6 @@ PAGES_PORT = 7998
 COMMON = ["--tcp-established", "--network-lock", "nftables", "--manage-cgroups=ignore", "--ghost-limit", "64M"]
 # A task gets its pid again, so the destination must not have used it: each session has a thousand of its own.
 _first_pids = itertools.count(10_000, 500)
-
-
-@dataclass
-class _Session:
-    bench: Bench
-    ends: Ends
-    address: str = ADDRESS
-
-    def move(self) -> Moved:
-        return self.ends.move(self.bench)
 
 
 class Criu:
@@ -72,7 +73,7 @@ class Criu:
                 found = bench.lab.ok(SOURCE, "pgrep", "--oldest", "--exact", program[0].rpartition("/")[2])
                 ends = Ends(bench, self._source(bench, int(found)), self._destination())
                 try:
-                    yield _Session(bench, ends)
+                    yield EndsSession(bench, ends, ADDRESS)
                 finally:
                     ends.close()
             finally:

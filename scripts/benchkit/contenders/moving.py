@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,19 @@ class Ends:
                 process.kill()
             with contextlib.suppress(ValueError):  # its pipes are closed already
                 process.communicate()
+
+
+@dataclass
+class EndsSession:
+    """A session of a contender that is moved by its ends."""
+
+    bench: Bench
+    ends: Ends
+    address: str
+
+    def move(self) -> Moved:
+        """There, or back."""
+        return self.ends.move(self.bench)
 
 
 def quiet(command: list[str]) -> list[str]:

@@ -4,10 +4,9 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from benchkit.contenders.base import Bench, Moved, Session
-from benchkit.contenders.moving import RUN, WORK, Ends
+from benchkit.contenders.base import Bench, Session
+from benchkit.contenders.moving import RUN, WORK, Ends, EndsSession
 from benchkit.contenders.peer_end import Plan
 from benchkit.errors import CannotRunError
 from benchkit.hosts import DESTINATION, SOURCE, Lab, execute, last_words
@@ -26,16 +25,6 @@ PODMAN = [
 ]
 INSTALL_S = 300.0
 LIMIT = 4096
-
-
-@dataclass
-class _Session:
-    bench: Bench
-    ends: Ends
-    address: str = ADDRESS
-
-    def move(self) -> Moved:
-        return self.ends.move(self.bench)
 
 
 class Podman:
@@ -68,7 +57,7 @@ class Podman:
             bench.lab.ok(SOURCE, *PODMAN, *words, IMAGE, *workload.command())
             ends = Ends(bench, self._source(), self._destination())
             try:
-                yield _Session(bench, ends)
+                yield EndsSession(bench, ends, ADDRESS)
             finally:
                 ends.close()
         finally:

@@ -4,13 +4,24 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchkit.contenders import rootfs
-from benchkit.contenders.base import MAC, Bench, Moved, Session
-from benchkit.contenders.moving import ADDRESS, CONNECT, IMAGES, NETNS, RUN, WORK, Ends, networks, quiet, wide_pipes
+from benchkit.contenders.base import MAC, Bench, Session
+from benchkit.contenders.moving import (
+    ADDRESS,
+    CONNECT,
+    IMAGES,
+    NETNS,
+    RUN,
+    WORK,
+    Ends,
+    EndsSession,
+    networks,
+    quiet,
+    wide_pipes,
+)
 from benchkit.contenders.peer_end import Plan
 from benchkit.errors import CannotRunError
 from benchkit.hosts import DESTINATION, SOURCE, must
@@ -22,16 +33,6 @@ RUNC = ["runc", "--root", f"{RUN}/runc"]
 PAGES_PORT = 7998
 # CRIU's other lock of the network starts iptables-restore, twice.
 CRIU_CONFIG = "network-lock nftables\ntcp-established\nghost-limit 64M\n"
-
-
-@dataclass
-class _Session:
-    bench: Bench
-    ends: Ends
-    address: str = ADDRESS
-
-    def move(self) -> Moved:
-        return self.ends.move(self.bench)
 
 
 class Runc:
@@ -62,7 +63,7 @@ class Runc:
                 bench.lab.ok(SOURCE, *quiet([*RUNC, "run", "--detach", "--bundle", str(bundles[SOURCE]), NAME]))
                 ends = Ends(bench, self._source(bench), self._destination(bundles[DESTINATION]))
                 try:
-                    yield _Session(bench, ends)
+                    yield EndsSession(bench, ends, ADDRESS)
                 finally:
                     ends.close()
             finally:
