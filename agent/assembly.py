@@ -131,8 +131,8 @@ class Assembly:
         return result
 
     def disk_bytes(self, name: str, spec: ContainerSpec) -> list[int]:
-        """What each volume takes on the host."""
-        return [self._volumes.open(volume_name(name, index)).allocated_bytes for index in range(len(spec.volumes))]
+        """What each volume takes on the host; 0 for one that is not there, as while the container is being removed."""
+        return [self._volumes.allocated_bytes(volume_name(name, index)) for index in range(len(spec.volumes))]
 
     def _points(self, name: str, spec: ContainerSpec) -> list[Path]:
         paths = self._runtime.paths(name)

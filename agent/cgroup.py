@@ -201,7 +201,7 @@ class Cgroup:
         if folder is None or not statistics:
             return 0
         usage, cached = ("memory.usage_in_bytes", "total_inactive_file") if v1 else ("memory.current", "inactive_file")
-        return max(0, int((folder / usage).read_text()) - statistics.get(cached, 0))
+        return max(0, int(_text(folder / usage) or 0) - statistics.get(cached, 0))
 
     def unwritten_bytes(self) -> int:
         """Of the page cache what is still to be written to a disk, as far as it is charged to the group."""
@@ -278,10 +278,15 @@ def _tree(top: Path) -> Iterator[Path]:
 
 def _statistics(folder: Path | None) -> dict[str, int]:
     """The group's memory.stat; empty if there is none."""
+    lines = [] if folder is None else _text(folder / "memory.stat").splitlines()
+    return {name: int(value) for name, value in (line.split() for line in lines)}
+
+
+def _text(path: Path) -> str:
+    """What a file of a group says; empty if the group is not there, or is removed while it is read."""
     try:
-        lines = [] if folder is None else (folder / "memory.stat").read_text().splitlines()
+        return path.read_text()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
-            return {}
+            return ""
         raise
-    return {name: int(value) for name, value in (line.split() for line in lines)}

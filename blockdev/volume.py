@@ -122,6 +122,13 @@ class VolumeStore:
             raise BlockError(f"there is no volume {name} in {self.folder}")
         return Volume(path, kind)
 
+    def allocated_bytes(self, name: str) -> int:
+        """What a volume takes on the host; 0 if it is not there."""
+        try:
+            return Volume(self._path(name), "").allocated_bytes
+        except FileNotFoundError:
+            return 0
+
     def delete(self, name: str) -> None:
         """Delete the image, and detach it should it still be attached; repeatable."""
         path = self._path(name)

@@ -73,15 +73,7 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
     def ListContainers(
         self, request: pb.ListContainersRequest, context: grpc.ServicerContext
     ) -> pb.ListContainersResponse:
-        response = pb.ListContainersResponse()
-        for record in self._containers.all():
-            try:
-                response.containers.append(self.describe(record))
-            except (NotFound, FileNotFoundError):
-                # Deleted since the list was read.
-                if any(other.name == record.name for other in self._containers.all()):
-                    raise
-        return response
+        return pb.ListContainersResponse(containers=[self.describe(record) for record in self._containers.all()])
 
     def DeleteContainer(
         self, request: pb.DeleteContainerRequest, context: grpc.ServicerContext

@@ -156,6 +156,14 @@ def test_a_received_volume_is_empty(store: VolumeStore) -> None:
     assert (volume.size_bytes, volume.allocated_bytes) == (SIZE, 0)
 
 
+def test_what_is_not_there_takes_nothing(store: VolumeStore) -> None:
+    """As of a container that is being removed while all are listed."""
+    volume = store.create("ct101", SIZE, "ext4")
+    assert store.allocated_bytes("ct101") == volume.allocated_bytes > 0
+    store.delete("ct101")
+    assert store.allocated_bytes("ct101") == 0
+
+
 def test_deleting_is_repeatable_and_detaches(store: VolumeStore) -> None:
     volume = store.create("ct101", SIZE, "ext4")
     device = loop.attach(volume.path)
