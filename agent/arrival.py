@@ -17,6 +17,7 @@ from agent.assembly import interfaces, volume_name
 from agent.container_records import State
 from agent.journal import Incomings
 from agent.managers import Managers
+from agent.neighbours import Neighbours
 from agent.network import host_end
 from agent.restore import HeldRestore
 from agent.rootfs import User
@@ -25,6 +26,7 @@ from agent.specs import check_arrival, check_binds
 from blockdev.blocks import Piece
 from migrator.errors import ExecutionError, NotFound
 from migrator.hold import TrafficHold
+from migrator.network import Neighbour
 from migrator.shm import images as shared_images
 from migrator.shm.store import SharedStore
 from migrator.source import FEATURES, Here
@@ -56,6 +58,7 @@ class Arriving:
         self._state = State(container_pb2.ContainerState.Name(request.state).removeprefix("CONTAINER_STATE_").lower())
         self._launch: Launch | None = None
         self._hold: TrafficHold | None = None
+        self._neighbours: Neighbours | None = None
         self.has_base = False
         self._snapshots = ArrivingSnapshots(managers.snapshots, request)
 
@@ -131,6 +134,7 @@ class Arriving:
         # runc looks for it before it waits; it is mounted before runc goes on.
         self._paths.rootfs.mkdir()
         self._managers.networks.create(self._name, self._links)
+        self._neighbours = Neighbours(self._name, self._links)
         self._hold = TrafficHold(_tap_name(self._name), self._links)
 
     # -- the phases -------------------------------------------------------------------------------------------------
@@ -149,10 +153,11 @@ class Arriving:
         """The snapshots are complete; the volumes begin as the current one."""
         self._snapshots.keep(list(zip(self.volumes, (v.size_bytes for v in self._spec.volumes), strict=True)))
 
-    def hold_traffic(self) -> None:
+    def hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
         """The switch sends the container's frames here from now on."""
-        if self._hold is not None:
+        if self._hold is not None and self._neighbours is not None:
             self._hold.take()
+            self._neighbours.learn(neighbours)
 
     def mount(self) -> None:
         """Attach the image files and mount them."""
@@ -274,6 +279,8 @@ class Arriving:
         self._snapshots.close()
         if self._launch is not None:
             self._launch.close()
+        if self._neighbours is not None:
+            self._neighbours.close()
         if self._hold is not None:
             self._hold.close()
             self._hold = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import guard, oci
+from agent import guard, neighbours, oci
 from agent.assembly import interfaces, volume_name
 from agent.backlog import Backlog
 from agent.cgroup import Cgroup
@@ -30,6 +30,7 @@ from blockdev.volume import MountedVolume
 from migrator import memory
 from migrator.criu import Criu, DumpRequest
 from migrator.memory import MemoryTracker
+from migrator.network import Neighbour
 from migrator.pageless import write_parent
 from migrator.ports import Checkpoint, LeavingVolume
 from migrator.snapshots import LeavingSnapshot
@@ -254,6 +255,10 @@ class Departing:
             self._cgroup.freeze()
         if waiting:
             log.warning("connections that it has not accepted are reset", container=self.name, connections=waiting)
+
+    def neighbours(self) -> Sequence[Neighbour]:
+        """As its kernel knows them now."""
+        return neighbours.read(self.name, interfaces(self.spec))
 
     def disconnect(self) -> None:
         """Nothing reaches or leaves the container any more."""

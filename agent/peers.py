@@ -14,6 +14,7 @@ from agent.config import Config
 from migrator import channel, status
 from migrator.errors import NotFound, Unreachable
 from migrator.handover import Incoming
+from migrator.network import Neighbour
 from migrator.numbered import Outbound
 from migrator.v1 import peer_pb2, peer_pb2_grpc
 
@@ -143,8 +144,9 @@ class RemotePeer:
             self._check()
             time.sleep(CHECK_S)
 
-    def hold_traffic(self, migration: str, epoch: int) -> None:
-        request = peer_pb2.HoldTrafficRequest(migration=migration, epoch=epoch)
+    def hold_traffic(self, migration: str, epoch: int, neighbours: Sequence[Neighbour]) -> None:
+        known = [peer_pb2.Neighbour(interface=n.interface, address=n.address, mac=n.mac) for n in neighbours]
+        request = peer_pb2.HoldTrafficRequest(migration=migration, epoch=epoch, neighbours=known)
         self._wait(self._urgent.HoldTraffic.future(request, timeout=QUICK_S))
         self._is_urgent = True
 

@@ -11,7 +11,7 @@ neither runs nor deletes what it holds; it asks. `tend` is that asking, and the 
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -24,6 +24,7 @@ from migrator.errors import Busy, ExecutionError, MigratorError, NotFound, PeerE
 from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
 from migrator.memory_copy import ADDRESS_END
+from migrator.network import Neighbour
 from migrator.numbered import Inbound
 from migrator.ports import ArrivalHost, Reservation
 from migrator.shm import targets
@@ -130,11 +131,11 @@ class Arrival:
             self._reservation.keep_snapshots()
             faults.point("destination.snapshots")
 
-    def hold_traffic(self) -> None:
+    def hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
         """Take the container's frames from the network and keep them."""
         with self._lock:
             self._expect(Stage.PREPARED)
-            self._reservation.hold_traffic()
+            self._reservation.hold_traffic(neighbours)
             self._stands_still = True
             faults.point("destination.hold")
 

@@ -64,6 +64,21 @@ class Interface:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """What a container's kernel knows of another machine: at this address, behind this interface, is this MAC."""
+
+    interface: str
+    address: str
+    mac: str
+
+    def __post_init__(self) -> None:
+        check_interface_name(self.interface)
+        _ip(self.address)
+        if parse_mac(self.mac) != self.mac:
+            raise InvalidArgument(f"MAC address {self.mac!r} is not in its usual form, {parse_mac(self.mac)!r}")
+
+
+@dataclass(frozen=True)
 class PublishedPort:
     """A port of the host that is forwarded to the container. `host_address` empty: every address of the host."""
 

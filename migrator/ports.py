@@ -13,6 +13,7 @@ from typing import Protocol
 from blockdev.blocks import Piece
 from blockdev.tracker import WriteTracker
 from migrator.memory import MemoryTracker
+from migrator.network import Neighbour
 from migrator.shm.store import SharedStore
 from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, peer_pb2
@@ -97,6 +98,9 @@ class LeavingContainer(Protocol):
     def go_on(self) -> None:
         """Undo `freeze` where nothing else has been done since."""
 
+    def neighbours(self) -> Sequence[Neighbour]:
+        """What its kernel knows of the link addresses around it."""
+
     def disconnect(self) -> None:
         """Take the container's links off the network."""
 
@@ -155,8 +159,8 @@ class Reservation(Protocol):
     def warm_up(self) -> None:
         """Start all of the restore that needs no image, and have it wait."""
 
-    def hold_traffic(self) -> None:
-        """Take the container's frames and keep them."""
+    def hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
+        """Take the container's frames and keep them; its kernel here is to know these neighbours."""
 
     def mount(self) -> None:
         """Attach and mount the volumes."""
@@ -215,7 +219,7 @@ class Peer(Protocol):
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None: ...
 
-    def hold_traffic(self, migration: str, epoch: int) -> None: ...
+    def hold_traffic(self, migration: str, epoch: int, neighbours: Sequence[Neighbour]) -> None: ...
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]: ...
 

@@ -23,9 +23,11 @@ _AF_BRIDGE = 7
 _IFLA_MASTER = 10
 _IFLA_PROTINFO = 12
 _NLA_F_NESTED = 0x8000
+_NDA_DST = 1
 _NDA_LLADDR = 2
 _NTF_MASTER = 4
 _NUD_REACHABLE = 2
+_NUD_STALE = 4
 
 _HEADER = struct.Struct("=IHHII")
 _IFINFO = struct.Struct("=BxHiII")
@@ -74,6 +76,14 @@ class RouteSocket:
         """From now on the bridge forwards what is for `mac` to this port. As if learned: it ages and may move."""
         body = _NDMSG.pack(_AF_BRIDGE, index, _NUD_REACHABLE, _NTF_MASTER, 0) + _attribute(_NDA_LLADDR, mac)
         self._request(_RTM_NEWNEIGH, _NLM_F_CREATE | _NLM_F_REPLACE, body, f"moving {mac.hex(':')} to port {index}")
+
+    def learn(self, index: int, address: bytes, mac: bytes) -> None:
+        """The machine at this address, 4 or 16 bytes, has this MAC: to be used at once, and confirmed when it is."""
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        body = _NDMSG.pack(family, index, _NUD_STALE, 0, 0)
+        body += _attribute(_NDA_DST, address) + _attribute(_NDA_LLADDR, mac)
+        doing = f"learning {mac.hex(':')} at interface {index}"
+        self._request(_RTM_NEWNEIGH, _NLM_F_CREATE | _NLM_F_REPLACE, body, doing)
 
     def close(self) -> None:
         """Close the socket; repeatable."""

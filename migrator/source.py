@@ -264,9 +264,10 @@ class Departure:
         if checkpoint is None:
             self._frozen_at = time.monotonic()
             return
+        neighbours = container.neighbours()
         rounds.stop(undo, self._stop_tasks)
         with step("traffic"):
-            self._peer.hold_traffic(self._name, self._epoch)
+            self._peer.hold_traffic(self._name, self._epoch, neighbours)
             container.disconnect()
         faults.point("source.freeze")
         left_out = rounds.left_out()

@@ -9,8 +9,10 @@ import grpc
 
 from agent.auth import caller_host
 from agent.migrations import Migrations
+from agent.neighbours import NEIGHBOURS_MAX
 from migrator.destination import Arrivals
-from migrator.errors import PeerError
+from migrator.errors import InvalidArgument, PeerError
+from migrator.network import Neighbour
 from migrator.ports import ArrivalHost
 from migrator.v1 import peer_pb2, peer_pb2_grpc
 
@@ -56,7 +58,10 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
     def HoldTraffic(
         self, request: peer_pb2.HoldTrafficRequest, context: grpc.ServicerContext
     ) -> peer_pb2.HoldTrafficResponse:
-        self._arrivals.get(caller_host(context), request.migration, request.epoch).hold_traffic()
+        if len(request.neighbours) > NEIGHBOURS_MAX:
+            raise InvalidArgument(f"{len(request.neighbours)} neighbours, and no more than {NEIGHBOURS_MAX} may travel")
+        neighbours = [Neighbour(known.interface, known.address, known.mac) for known in request.neighbours]
+        self._arrivals.get(caller_host(context), request.migration, request.epoch).hold_traffic(neighbours)
         return peer_pb2.HoldTrafficResponse()
 
     def Restore(self, request: peer_pb2.RestoreRequest, context: grpc.ServicerContext) -> peer_pb2.RestoreResponse:

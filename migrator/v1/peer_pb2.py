@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrator.v1 import container_pb2 as migrator_dot_v1_dot_container__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16migrator/v1/peer.proto\x12\x0bmigrator.v1\x1a\x1bmigrator/v1/container.proto\"\xb0\x01\n\x0e\x45xamineRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x11\n\tcpu_flags\x18\x04 \x03(\t\x12\x14\n\x0c\x63riu_version\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x03\",\n\tObjection\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x97\x01\n\x0f\x45xamineResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12*\n\nobjections\x18\x02 \x03(\x0b\x32\x16.migrator.v1.Objection\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x14\n\x0c\x63riu_version\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\t\x12\x12\n\nlast_epoch\x18\x06 \x01(\x03\"\xaf\x02\n\x0ePrepareRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tcontainer\x18\x03 \x01(\t\x12(\n\x04spec\x18\x04 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.migrator.v1.ContainerState\x12\r\n\x05stdio\x18\x06 \x03(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x16\n\x0e\x63reate_time_ms\x18\x08 \x01(\x03\x12\x15\n\rstart_time_ms\x18\t \x01(\x03\x12,\n\tsnapshots\x18\n \x03(\x0b\x32\x19.migrator.v1.PeerSnapshot\x12\x14\n\x0cmemory_bytes\x18\x0b \x01(\x03\"\x8c\x01\n\x0cPeerSnapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\x03\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\x03\x12\x16\n\x0e\x63reate_time_ms\x18\x04 \x01(\x03\x12\x12\n\nis_current\x18\x05 \x01(\x08\x12$\n\x07volumes\x18\x06 \x03(\x0b\x32\x13.migrator.v1.Volume\"#\n\x0fPrepareResponse\x12\x10\n\x08has_base\x18\x01 \x01(\x08\"\xd7\x01\n\x0bSendRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.migrator.v1.Encoding\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x0e\n\x06stream\x18\t \x01(\x03\x12\x0e\n\x06number\x18\n \x01(\x03\x12\r\n\x05parts\x18\x0b \x03(\x12\" \n\x0cSendResponse\x12\x10\n\x08received\x18\x01 \x01(\x03\"8\n\x14KeepSnapshotsRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x17\n\x15KeepSnapshotsResponse\"\\\n\x13\x44igestVolumeRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x03\"<\n\x14\x44igestVolumeResponse\x12\x13\n\x0b\x66irst_chunk\x18\x01 \x01(\x03\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\"6\n\x12HoldTrafficRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x15\n\x13HoldTrafficResponse\"\x9d\x01\n\x0eRestoreRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x39\n\x07\x64igests\x18\x03 \x03(\x0b\x32(.migrator.v1.RestoreRequest.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"8\n\x0fRestoreResponse\x12%\n\x05steps\x18\x01 \x03(\x0b\x32\x16.migrator.v1.TimedStep\".\n\tTimedStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"Z\n\rDecideRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\'\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x15.migrator.v1.Decision\"\x87\x01\n\x0e\x44\x65\x63ideResponse\x12)\n\townership\x18\x01 \x01(\x0e\x32\x16.migrator.v1.Ownership\x12\x11\n\tresume_ms\x18\x02 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12%\n\x05steps\x18\x03 \x03(\x0b\x32\x16.migrator.v1.TimedStep\"6\n\x12GetDecisionRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\">\n\x13GetDecisionResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x15.migrator.v1.Decision*_\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_PLAIN\x10\x01\x12\x12\n\x0e\x45NCODING_ZEROS\x10\x02\x12\x11\n\rENCODING_ZSTD\x10\x03*Q\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_RELEASED\x10\x01\x12\x14\n\x10\x44\x45\x43ISION_ABORTED\x10\x02*R\n\tOwnership\x12\x19\n\x15OWNERSHIP_UNSPECIFIED\x10\x00\x12\x13\n\x0fOWNERSHIP_OWNER\x10\x01\x12\x15\n\x11OWNERSHIP_REFUSED\x10\x02\x32\xb6\x05\n\x0bPeerService\x12\x44\n\x07\x45xamine\x12\x1b.migrator.v1.ExamineRequest\x1a\x1c.migrator.v1.ExamineResponse\x12\x44\n\x07Prepare\x12\x1b.migrator.v1.PrepareRequest\x1a\x1c.migrator.v1.PrepareResponse\x12?\n\x04Send\x12\x18.migrator.v1.SendRequest\x1a\x19.migrator.v1.SendResponse(\x01\x30\x01\x12V\n\rKeepSnapshots\x12!.migrator.v1.KeepSnapshotsRequest\x1a\".migrator.v1.KeepSnapshotsResponse\x12U\n\x0c\x44igestVolume\x12 .migrator.v1.DigestVolumeRequest\x1a!.migrator.v1.DigestVolumeResponse0\x01\x12P\n\x0bHoldTraffic\x12\x1f.migrator.v1.HoldTrafficRequest\x1a .migrator.v1.HoldTrafficResponse\x12\x44\n\x07Restore\x12\x1b.migrator.v1.RestoreRequest\x1a\x1c.migrator.v1.RestoreResponse\x12\x41\n\x06\x44\x65\x63ide\x12\x1a.migrator.v1.DecideRequest\x1a\x1b.migrator.v1.DecideResponse\x12P\n\x0bGetDecision\x12\x1f.migrator.v1.GetDecisionRequest\x1a .migrator.v1.GetDecisionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16migrator/v1/peer.proto\x12\x0bmigrator.v1\x1a\x1bmigrator/v1/container.proto\"\xb0\x01\n\x0e\x45xamineRequest\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x11\n\tcpu_flags\x18\x04 \x03(\t\x12\x14\n\x0c\x63riu_version\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x03\",\n\tObjection\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x97\x01\n\x0f\x45xamineResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12*\n\nobjections\x18\x02 \x03(\x0b\x32\x16.migrator.v1.Objection\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x14\n\x0c\x63riu_version\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\t\x12\x12\n\nlast_epoch\x18\x06 \x01(\x03\"\xaf\x02\n\x0ePrepareRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tcontainer\x18\x03 \x01(\t\x12(\n\x04spec\x18\x04 \x01(\x0b\x32\x1a.migrator.v1.ContainerSpec\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.migrator.v1.ContainerState\x12\r\n\x05stdio\x18\x06 \x03(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x16\n\x0e\x63reate_time_ms\x18\x08 \x01(\x03\x12\x15\n\rstart_time_ms\x18\t \x01(\x03\x12,\n\tsnapshots\x18\n \x03(\x0b\x32\x19.migrator.v1.PeerSnapshot\x12\x14\n\x0cmemory_bytes\x18\x0b \x01(\x03\"\x8c\x01\n\x0cPeerSnapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\x03\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\x03\x12\x16\n\x0e\x63reate_time_ms\x18\x04 \x01(\x03\x12\x12\n\nis_current\x18\x05 \x01(\x08\x12$\n\x07volumes\x18\x06 \x03(\x0b\x32\x13.migrator.v1.Volume\"#\n\x0fPrepareResponse\x12\x10\n\x08has_base\x18\x01 \x01(\x08\"\xd7\x01\n\x0bSendRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.migrator.v1.Encoding\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x0e\n\x06stream\x18\t \x01(\x03\x12\x0e\n\x06number\x18\n \x01(\x03\x12\r\n\x05parts\x18\x0b \x03(\x12\" \n\x0cSendResponse\x12\x10\n\x08received\x18\x01 \x01(\x03\"8\n\x14KeepSnapshotsRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x17\n\x15KeepSnapshotsResponse\"\\\n\x13\x44igestVolumeRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x03\"<\n\x14\x44igestVolumeResponse\x12\x13\n\x0b\x66irst_chunk\x18\x01 \x01(\x03\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\"b\n\x12HoldTrafficRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12*\n\nneighbours\x18\x03 \x03(\x0b\x32\x16.migrator.v1.Neighbour\"<\n\tNeighbour\x12\x11\n\tinterface\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03mac\x18\x03 \x01(\t\"\x15\n\x13HoldTrafficResponse\"\x9d\x01\n\x0eRestoreRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x39\n\x07\x64igests\x18\x03 \x03(\x0b\x32(.migrator.v1.RestoreRequest.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"8\n\x0fRestoreResponse\x12%\n\x05steps\x18\x01 \x03(\x0b\x32\x16.migrator.v1.TimedStep\".\n\tTimedStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"Z\n\rDecideRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\'\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x15.migrator.v1.Decision\"\x87\x01\n\x0e\x44\x65\x63ideResponse\x12)\n\townership\x18\x01 \x01(\x0e\x32\x16.migrator.v1.Ownership\x12\x11\n\tresume_ms\x18\x02 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12%\n\x05steps\x18\x03 \x03(\x0b\x32\x16.migrator.v1.TimedStep\"6\n\x12GetDecisionRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\">\n\x13GetDecisionResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x15.migrator.v1.Decision*_\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_PLAIN\x10\x01\x12\x12\n\x0e\x45NCODING_ZEROS\x10\x02\x12\x11\n\rENCODING_ZSTD\x10\x03*Q\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_RELEASED\x10\x01\x12\x14\n\x10\x44\x45\x43ISION_ABORTED\x10\x02*R\n\tOwnership\x12\x19\n\x15OWNERSHIP_UNSPECIFIED\x10\x00\x12\x13\n\x0fOWNERSHIP_OWNER\x10\x01\x12\x15\n\x11OWNERSHIP_REFUSED\x10\x02\x32\xb6\x05\n\x0bPeerService\x12\x44\n\x07\x45xamine\x12\x1b.migrator.v1.ExamineRequest\x1a\x1c.migrator.v1.ExamineResponse\x12\x44\n\x07Prepare\x12\x1b.migrator.v1.PrepareRequest\x1a\x1c.migrator.v1.PrepareResponse\x12?\n\x04Send\x12\x18.migrator.v1.SendRequest\x1a\x19.migrator.v1.SendResponse(\x01\x30\x01\x12V\n\rKeepSnapshots\x12!.migrator.v1.KeepSnapshotsRequest\x1a\".migrator.v1.KeepSnapshotsResponse\x12U\n\x0c\x44igestVolume\x12 .migrator.v1.DigestVolumeRequest\x1a!.migrator.v1.DigestVolumeResponse0\x01\x12P\n\x0bHoldTraffic\x12\x1f.migrator.v1.HoldTrafficRequest\x1a .migrator.v1.HoldTrafficResponse\x12\x44\n\x07Restore\x12\x1b.migrator.v1.RestoreRequest\x1a\x1c.migrator.v1.RestoreResponse\x12\x41\n\x06\x44\x65\x63ide\x12\x1a.migrator.v1.DecideRequest\x1a\x1b.migrator.v1.DecideResponse\x12P\n\x0bGetDecision\x12\x1f.migrator.v1.GetDecisionRequest\x1a .migrator.v1.GetDecisionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RESTOREREQUEST_DIGESTSENTRY']._loaded_options = None
   _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_options = b'8\001'
-  _globals['_ENCODING']._serialized_start=2119
-  _globals['_ENCODING']._serialized_end=2214
-  _globals['_DECISION']._serialized_start=2216
-  _globals['_DECISION']._serialized_end=2297
-  _globals['_OWNERSHIP']._serialized_start=2299
-  _globals['_OWNERSHIP']._serialized_end=2381
+  _globals['_ENCODING']._serialized_start=2225
+  _globals['_ENCODING']._serialized_end=2320
+  _globals['_DECISION']._serialized_start=2322
+  _globals['_DECISION']._serialized_end=2403
+  _globals['_OWNERSHIP']._serialized_start=2405
+  _globals['_OWNERSHIP']._serialized_end=2487
   _globals['_EXAMINEREQUEST']._serialized_start=69
   _globals['_EXAMINEREQUEST']._serialized_end=245
   _globals['_OBJECTION']._serialized_start=247
@@ -65,25 +65,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DIGESTVOLUMERESPONSE']._serialized_start=1362
   _globals['_DIGESTVOLUMERESPONSE']._serialized_end=1422
   _globals['_HOLDTRAFFICREQUEST']._serialized_start=1424
-  _globals['_HOLDTRAFFICREQUEST']._serialized_end=1478
-  _globals['_HOLDTRAFFICRESPONSE']._serialized_start=1480
-  _globals['_HOLDTRAFFICRESPONSE']._serialized_end=1501
-  _globals['_RESTOREREQUEST']._serialized_start=1504
-  _globals['_RESTOREREQUEST']._serialized_end=1661
-  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_start=1615
-  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_end=1661
-  _globals['_RESTORERESPONSE']._serialized_start=1663
-  _globals['_RESTORERESPONSE']._serialized_end=1719
-  _globals['_TIMEDSTEP']._serialized_start=1721
-  _globals['_TIMEDSTEP']._serialized_end=1767
-  _globals['_DECIDEREQUEST']._serialized_start=1769
-  _globals['_DECIDEREQUEST']._serialized_end=1859
-  _globals['_DECIDERESPONSE']._serialized_start=1862
-  _globals['_DECIDERESPONSE']._serialized_end=1997
-  _globals['_GETDECISIONREQUEST']._serialized_start=1999
-  _globals['_GETDECISIONREQUEST']._serialized_end=2053
-  _globals['_GETDECISIONRESPONSE']._serialized_start=2055
-  _globals['_GETDECISIONRESPONSE']._serialized_end=2117
-  _globals['_PEERSERVICE']._serialized_start=2384
-  _globals['_PEERSERVICE']._serialized_end=3078
+  _globals['_HOLDTRAFFICREQUEST']._serialized_end=1522
+  _globals['_NEIGHBOUR']._serialized_start=1524
+  _globals['_NEIGHBOUR']._serialized_end=1584
+  _globals['_HOLDTRAFFICRESPONSE']._serialized_start=1586
+  _globals['_HOLDTRAFFICRESPONSE']._serialized_end=1607
+  _globals['_RESTOREREQUEST']._serialized_start=1610
+  _globals['_RESTOREREQUEST']._serialized_end=1767
+  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_start=1721
+  _globals['_RESTOREREQUEST_DIGESTSENTRY']._serialized_end=1767
+  _globals['_RESTORERESPONSE']._serialized_start=1769
+  _globals['_RESTORERESPONSE']._serialized_end=1825
+  _globals['_TIMEDSTEP']._serialized_start=1827
+  _globals['_TIMEDSTEP']._serialized_end=1873
+  _globals['_DECIDEREQUEST']._serialized_start=1875
+  _globals['_DECIDEREQUEST']._serialized_end=1965
+  _globals['_DECIDERESPONSE']._serialized_start=1968
+  _globals['_DECIDERESPONSE']._serialized_end=2103
+  _globals['_GETDECISIONREQUEST']._serialized_start=2105
+  _globals['_GETDECISIONREQUEST']._serialized_end=2159
+  _globals['_GETDECISIONRESPONSE']._serialized_start=2161
+  _globals['_GETDECISIONRESPONSE']._serialized_end=2223
+  _globals['_PEERSERVICE']._serialized_start=2490
+  _globals['_PEERSERVICE']._serialized_end=3184
 # @@protoc_insertion_point(module_scope)

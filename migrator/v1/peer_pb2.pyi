@@ -192,12 +192,24 @@ class DigestVolumeResponse(_message.Message):
     def __init__(self, first_chunk: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class HoldTrafficRequest(_message.Message):
-    __slots__ = ("migration", "epoch")
+    __slots__ = ("migration", "epoch", "neighbours")
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     migration: str
     epoch: int
-    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    neighbours: _containers.RepeatedCompositeFieldContainer[Neighbour]
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ...) -> None: ...
+
+class Neighbour(_message.Message):
+    __slots__ = ("interface", "address", "mac")
+    INTERFACE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    interface: str
+    address: str
+    mac: str
+    def __init__(self, interface: _Optional[str] = ..., address: _Optional[str] = ..., mac: _Optional[str] = ...) -> None: ...
 
 class HoldTrafficResponse(_message.Message):
     __slots__ = ()

@@ -20,6 +20,7 @@ from migrator.errors import ExecutionError, Unreachable
 from migrator.files import write_file
 from migrator.handover import Incoming, Outgoing, Stage
 from migrator.memory import Collected, Gone, Moment, ObjectKey, ProcessChange, ProcessKey, SharedChange
+from migrator.network import Neighbour
 from migrator.numbered import Outbound
 from migrator.ports import LeavingVolume
 from migrator.shm import targets
@@ -30,6 +31,7 @@ from migrator.v1 import container_pb2, peer_pb2
 from migrator.verify import BLOCK_BYTES
 
 VOLUME_BYTES = 1 << 20
+NEIGHBOUR = Neighbour("eth0", "10.77.0.1", "02:00:00:00:00:01")
 LIVE = container_pb2.CONTAINER_STATE_RUNNING
 
 
@@ -289,6 +291,10 @@ class FakeLeaving:
             self.frozen = False
             self._update()
 
+    def neighbours(self) -> Sequence[Neighbour]:
+        with self._call("source.neighbours"):
+            return [NEIGHBOUR]
+
     def disconnect(self) -> None:
         with self._call("source.disconnect"):
             self.disconnected = True
@@ -398,8 +404,9 @@ class FakeReservation:
             with self.volumes[0].open("r+b") as volume:
                 volume.write((self._folder / "snapshot").read_bytes())
 
-    def hold_traffic(self) -> None:
+    def hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
         with self._call("destination.hold traffic"):
+            assert neighbours == [NEIGHBOUR]
             self.left.add("tap")
 
     def mount(self) -> None:
@@ -531,9 +538,9 @@ class LoopbackPeer:
             with self._wire("piece"):
                 yield request
 
-    def hold_traffic(self, migration: str, epoch: int) -> None:
+    def hold_traffic(self, migration: str, epoch: int, neighbours: Sequence[Neighbour]) -> None:
         with self._wire("hold traffic"):
-            self.arrivals.get("a", migration, epoch).hold_traffic()
+            self.arrivals.get("a", migration, epoch).hold_traffic(neighbours)
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
         with self._wire("restore"):

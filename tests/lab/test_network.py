@@ -10,16 +10,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 
-from agent import namespaces
+from agent import namespaces, neighbours
+from agent.neighbours import Neighbours
 from agent.network import Networks, hold_name, host_end, probe_ipv4
 from migrator.errors import Precondition
 from migrator.hold import TrafficHold
-from migrator.network import Interface
+from migrator.network import Interface, Neighbour, NetworkError
 
 pytestmark = [
     pytest.mark.root,
@@ -318,6 +320,29 @@ def test_established_connection_keeps_its_large_segments(site: Site, host_a: Hos
     retransmitted = int.from_bytes(info[100:104], "little")  # tcpi_total_retrans
     # A busy machine may hold them for longer than the first retransmission timeout.
     assert retransmitted == 0 or held_s > 0.15, (retransmitted, held_s)
+
+
+def test_neighbours_travel(site: Site, host_a: Host, host_b: Host) -> None:
+    """At the destination an answer does not wait until the client's link address is found: here it never would be."""
+    host_a.create(connected=True)
+    host_b.create()
+    for address in INTERFACE.addresses:
+        assert answers(site, host_a, address)
+    known = neighbours.read(host_a.container, [INTERFACE])
+    assert {neighbour.address for neighbour in known} >= {CLIENT4, CLIENT6}
+    host_a.disconnect()
+    with closing(Neighbours(host_b.container, [INTERFACE])) as table:
+        table.learn(known)
+        with pytest.raises(NetworkError, match="eth9"):
+            table.learn([Neighbour("eth9", CLIENT4, INTERFACE.mac)])
+    host_b.connect()
+    ip("-n", site.client, "link", "set", "up0", "arp", "off")
+    try:
+        with udp(site.client, "0.0.0.0") as client, udp(host_b.container, "10.99.2.101", 9) as there:
+            there.sendto(b"answer", (CLIENT4, client.getsockname()[1]))
+            assert client.recv(100) == b"answer"
+    finally:
+        ip("-n", site.client, "link", "set", "up0", "arp", "on")
 
 
 def test_full_hold_drops_the_newest_and_counts(site: Site, host_a: Host, host_b: Host) -> None:

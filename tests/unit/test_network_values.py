@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from agent.addresses import Addresses, mac_for
 from agent.publish import ruleset
 from migrator.errors import InvalidArgument, Precondition
-from migrator.network import Interface, PublishedPort, check_unique, parse_address, parse_mac, parse_published
+from migrator.network import (
+    Interface,
+    Neighbour,
+    PublishedPort,
+    check_unique,
+    parse_address,
+    parse_mac,
+    parse_published,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,15 @@ def test_macs_that_no_interface_can_have(text: str) -> None:
 def test_wrong_interfaces(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):
         Interface(**({"name": "eth0", "mac": "02:00:00:00:00:01", "bridge": "br0"} | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("a/b", "10.0.0.1"), ("eth0", "10.0.0"), ("eth0", "10.0.0.1", "0:1:2"), ("eth0", "fd00::1", "FE:00:00:00:00:01")],
+)
+def test_wrong_neighbours(wrong: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidArgument):
+        Neighbour(*wrong, *["02:00:00:00:00:01"][len(wrong) - 2 :])
 
 
 def test_interfaces_of_one_container_differ() -> None:
