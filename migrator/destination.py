@@ -326,6 +326,9 @@ class Arrival:
         elif kind == targets.KIND and self._live:
             for piece in self._receiver.pieces(request):
                 self._reservation.shared.write(name, piece)
+        elif request.target == "images" and self._live:
+            for name, content in self._receiver.files(request):
+                write_file(self._reservation.images, name, blocks.Piece(0, len(content), content))
         elif kind == "image" and self._live:
             write_file(self._reservation.images, name, self._receiver.piece(request))
         elif request.target == "log":

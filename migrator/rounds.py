@@ -24,6 +24,8 @@ from migrator.v1 import peer_pb2
 # How often a container is let go on that was stopped, and what it takes, in times of what should have been left.
 RETREATS = 3
 RETREAT = 4
+# Of CRIU's images: those that travel many at a time.
+SMALL_BYTES = 64 << 10
 
 
 class Rounds:
@@ -107,9 +109,11 @@ class Rounds:
             with self._progress.step("last collect"):
                 self._memory.collect(Moment.LAST)
         yield from self._changed(sender)
-        for image in sorted(self._container.images.iterdir()):
-            if not image.is_symlink():  # to the parent
-                yield from sender.requests(f"image/{image.name}", read_file(image))
+        images = [image for image in self._container.images.iterdir() if not image.is_symlink()]  # to the parent
+        small = [image for image in images if image.stat().st_size <= SMALL_BYTES]
+        yield from sender.files("images", ((image.name, image.read_bytes()) for image in small))
+        for image in set(images).difference(small):
+            yield from sender.requests(f"image/{image.name}", read_file(image))
 
     def _look(self) -> int:
         """What a round would have to send now, in bytes."""

@@ -286,7 +286,8 @@ class Departure:
                 rehearsal.close()
                 undo.callback(container.thaw_volumes)
                 container.freeze_volumes()
-            sent.result()
+            with step("images"):
+                sent.result()
 
     def _final(self, copy: DiskCopy) -> None:
         """The disk's last delta; nothing changes any more."""
@@ -413,7 +414,7 @@ class Departure:
         content = self._meter.content_bytes
         copied = content.get("volume", 0) + content.get("snapshot", 0)
         self._progress.sent(
-            memory=sum(content.get(kind, 0) for kind in ("memory", "shared", "image")),
+            memory=sum(content.get(kind, 0) for kind in ("memory", "shared", "image", "images")),
             disk=copied,
             wire=self._meter.wire_bytes,
             part=copied / self._planned_bytes if self._planned_bytes else 1.0,

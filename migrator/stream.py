@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import xxhash
 import zstandard
@@ -164,6 +165,27 @@ class Sender:
             size += length
         yield from self._send(target, waiting)
 
+    def files(self, target: str, contents: Iterable[tuple[str, bytes]]) -> Iterator[peer_pb2.SendRequest]:
+        """Small files, each whole, as many to a request as fit."""
+        waiting: list[tuple[str, bytes]] = []
+        size = 0
+        for name, content in contents:
+            if waiting and (size + len(content) > BATCH_BYTES or len(waiting) == BATCH_PIECES):
+                yield from self._send_files(target, waiting)
+                waiting, size = [], 0
+            waiting.append((name, content))
+            size += len(content)
+        if waiting:
+            yield from self._send_files(target, waiting)
+
+    def _send_files(self, target: str, batch: list[tuple[str, bytes]]) -> Iterator[peer_pb2.SendRequest]:
+        words = [word for name, content in batch for word in (name.encode(), content)]
+        parts, data = [len(word) for word in words], b"".join(words)
+        request = self._request(target, Piece(0, len(data), data))
+        request.parts.extend(parts)
+        self._digests.of(target).add_parts(parts, request.checksum)
+        yield from self._out(request, len(data))
+
     def _send(self, target: str, batch: list[Piece]) -> Iterator[peer_pb2.SendRequest]:
         if len(batch) < 2:
             yield from self.requests(target, batch)
@@ -226,6 +248,19 @@ class Receiver:
             found.append(Piece(offset, abs(length), data[at : at + length] if length > 0 else None))
             at += max(0, length)
         return found
+
+    def files(self, request: peer_pb2.SendRequest) -> list[tuple[str, bytes]]:
+        """Names and contents of one request that `Sender.files` may have made. Raises as `piece` does."""
+        data = bytes(self._checked(request).data or b"")
+        if len(request.parts) % 2 or min(request.parts, default=0) < 0 or sum(request.parts) != len(data):
+            raise PeerError(f"{request.target}: files that do not fit together")
+        self._digests.of(request.target).add_parts(request.parts, request.checksum)
+        ends = list(accumulate(request.parts))
+        words = [data[start:end] for start, end in pairwise([0, *ends])]
+        try:
+            return [(name.decode(), content) for name, content in zip(words[::2], words[1::2], strict=True)]
+        except UnicodeDecodeError as error:
+            raise PeerError(f"{request.target}: a name that is none") from error
 
     def _checked(self, request: peer_pb2.SendRequest) -> Piece:
         data = self._data(request)

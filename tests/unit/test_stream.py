@@ -108,6 +108,26 @@ def test_damaged_pieces_are_refused(request_: peer_pb2.SendRequest) -> None:
         Receiver(Digests()).piece(request_)
 
 
+@given(
+    st.lists(st.tuples(st.text(min_size=1, max_size=20), st.binary(max_size=9).map(lambda b: b * 20_000)), max_size=20)
+)
+def test_small_files_arrive(given: list[tuple[str, bytes]]) -> None:
+    sent, stored = Digests(), Digests()
+    sender, receiver = Sender("m", 1, sent, Meter()), Receiver(stored)
+    requests = list(sender.files("images", given))
+    found = [file for r in requests for file in receiver.files(peer_pb2.SendRequest.FromString(r.SerializeToString()))]
+    assert found == given
+    assert sent.all() == stored.all()
+    assert all(len(request.data) <= MAX_PIECE_BYTES for request in requests)
+    assert len(requests) <= 1 + 2 * sum(len(content) for _, content in given) // BATCH_BYTES
+
+
+@pytest.mark.parametrize(("data", "parts"), [(b"abc", [3]), (b"abc", [1, 1]), (b"abc", [4, -1]), (b"\xffbc", [1, 2])])
+def test_files_that_do_not_fit_together_are_refused(data: bytes, parts: list[int]) -> None:
+    with pytest.raises(PeerError):
+        Receiver(Digests()).files(_plain(data, parts=parts))
+
+
 @pytest.mark.parametrize("parts", [[0], [0, 2], [0, 4], [0, 2, 0, 2], [-1, 3], [0, 3, 5, 1]])
 def test_pieces_that_do_not_fit_together_are_refused(parts: list[int]) -> None:
     with pytest.raises(PeerError):
