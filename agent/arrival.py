@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import arriving_snapshots, examination, oci
+from agent import arriving_snapshots, examination, oci, shm_folder
 from agent.arriving_memory import ArrivingMemory
 from agent.arriving_snapshots import ArrivingSnapshots
 from agent.assembly import interfaces, volume_name
@@ -20,6 +20,7 @@ from agent.managers import Managers
 from agent.neighbours import Neighbours
 from agent.network import host_end
 from agent.restore import HeldRestore
+from agent.restorer import Orders
 from agent.rootfs import User
 from agent.runtime import Launch, Restore, find_program
 from agent.specs import check_arrival, check_binds
@@ -115,24 +116,31 @@ class Arriving:
         return image.path if image.size_bytes <= volume.size_bytes else None
 
     def _prepare_restore(self) -> None:
-        freeze = ":"
-        if self._state is State.PAUSED:
-            # CRIU and its hook are in the container's group, too.
-            runtime = self._managers.runtime
-            freeze = runtime.cgroup(self._name).freeze_command(runtime.monitors)
-        self._restore.prepare(find_program("criu"), self._request.stdio, freeze, lazy=self._request.memory_bytes > 0)
+        runtime = self._managers.runtime
+        orders = Orders(
+            criu=find_program("criu"),
+            root=str(self._paths.rootfs),
+            network=self._name,
+            group=runtime.cgroup(self._name).path,
+            watchers=runtime.monitors.path,
+            freeze=self._state is State.PAUSED,
+        )
+        self._restore.prepare(orders, self._request.stdio, lazy=self._request.memory_bytes > 0)
         config = oci.config(
             self._name,
             self._spec,
             User(),
+            shm=self._paths.shm,
             volumes=self._paths.volumes,
-            cgroup=self._managers.runtime.cgroup(self._name).path,
+            cgroup=orders.group,
             netns=self._paths.netns,
         )
         config["annotations"] = {"org.criu.config": str(self._restore.configuration)}
         (self._paths.bundle / "config.json").write_text(json.dumps(config, indent=1))
-        # runc looks for it before it waits; it is mounted before runc goes on.
-        self._paths.rootfs.mkdir()
+        # runc looks for them before it waits; they are mounted before CRIU goes on.
+        for folder in self._managers.assembly.mount_points(self._name, self._spec):
+            folder.mkdir(parents=True)
+        shm_folder.mount(self._paths.shm)
         self._managers.networks.create(self._name, self._links)
         self._neighbours = Neighbours(self._name, self._links)
         self._hold = TrafficHold(_tap_name(self._name), self._links)
@@ -170,6 +178,7 @@ class Arriving:
         began = time.monotonic()
         if self._request.memory_bytes:
             self._memory.prepare()
+        shm_folder.unpack(self._restore.images, self._paths.shm)
         shared = shared_images.amend(self._restore.images, self.shared)
         self._restore.inherit(shared)
         prepared = time.monotonic()

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from agent import oci, rootfs
+from agent import oci, rootfs, shm_folder
 from agent.runtime import Runtime
 from blockdev.volume import MountedVolume, VolumeStore
 from migrator.errors import ExecutionError
@@ -68,7 +68,6 @@ class Assembly:
             try:
                 addresses = [address for interface in interfaces(spec) for address in interface.addresses]
                 resolver = RESOLV_CONF.read_text() if RESOLV_CONF.exists() else ""
-                rootfs.make_mount_points(paths.rootfs)
                 rootfs.write_identity(paths.rootfs, spec.hostname or name, addresses, resolver)
             finally:
                 self._unmount(name, spec)
@@ -88,6 +87,7 @@ class Assembly:
         with ExitStack() as undo:
             undo.callback(self.down, name, spec)
             self.mount(name, spec)
+            shm_folder.mount(self._runtime.paths(name).shm)
             self._networks.create(name, interfaces(spec))
             self.write_bundle(name, spec)
             undo.pop_all()
@@ -114,7 +114,13 @@ class Assembly:
         paths = self._runtime.paths(name)
         user = rootfs.find_user(paths.rootfs, spec.user)
         value = oci.config(
-            name, spec, user, volumes=paths.volumes, cgroup=self._runtime.cgroup(name).path, netns=paths.netns
+            name,
+            spec,
+            user,
+            shm=paths.shm,
+            volumes=paths.volumes,
+            cgroup=self._runtime.cgroup(name).path,
+            netns=paths.netns,
         )
         temporary = paths.bundle / "config.json.new"
         temporary.write_text(json.dumps(value, indent=1))
@@ -123,7 +129,7 @@ class Assembly:
     def mounted(self, name: str, spec: ContainerSpec) -> list[MountedVolume]:
         """The mounted volumes in the order of the spec. Raises ExecutionError if one is not mounted."""
         result = []
-        for index, at in enumerate(self._points(name, spec)):
+        for index, at in enumerate(self.mount_points(name, spec)):
             found = self._volumes.find_mounted(volume_name(name, index), at)
             if found is None:
                 raise ExecutionError(f"volume {volume_name(name, index)} is not mounted at {at}")
@@ -134,19 +140,21 @@ class Assembly:
         """What each volume takes on the host; 0 for one that is not there, as while the container is being removed."""
         return [self._volumes.allocated_bytes(volume_name(name, index)) for index in range(len(spec.volumes))]
 
-    def _points(self, name: str, spec: ContainerSpec) -> list[Path]:
+    def mount_points(self, name: str, spec: ContainerSpec) -> list[Path]:
+        """Where the volumes are mounted, in the order of the spec."""
         paths = self._runtime.paths(name)
         return [paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(spec.volumes)))]
 
     def mount(self, name: str, spec: ContainerSpec) -> None:
         """Attach and mount the volumes; repeatable."""
-        for index, at in enumerate(self._points(name, spec)):
+        for index, at in enumerate(self.mount_points(name, spec)):
             at.mkdir(parents=True, exist_ok=True)
             if self._volumes.find_mounted(volume_name(name, index), at) is None:
                 self._volumes.open(volume_name(name, index), spec.volumes[index].filesystem).mount(at)
 
     def _unmount(self, name: str, spec: ContainerSpec) -> None:
-        for index, at in reversed(list(enumerate(self._points(name, spec)))):
+        shm_folder.unmount(self._runtime.paths(name).shm)
+        for index, at in reversed(list(enumerate(self.mount_points(name, spec)))):
             mounted = self._volumes.find_mounted(volume_name(name, index), at)
             if mounted is not None:
                 mounted.unmount()

@@ -6,7 +6,6 @@ Documents: Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst and cgroup-
 
 import errno
 import os
-import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -143,21 +142,24 @@ class Cgroup:
                 return "THAWED"
             raise
 
-    def freeze_command(self, outside: "Cgroup") -> str:
-        """Shell commands that begin to freeze the group around a script and its parent, which move `outside` first."""
-        name, value = self._switch(frozen=True)
-        refuge = shlex.quote(str(outside.freezer))
-        leave = f"mkdir -p {refuge}; for pid in $PPID $$; do echo $pid >{refuge}/cgroup.procs; done"
-        return f"{leave}; echo {value} >{shlex.quote(str(self.freezer / name))}"
+    def begin_to_freeze(self) -> None:
+        """Have each task stop as soon as it can; does not wait for it."""
+        self._set(frozen=True)
 
-    def _switch(self, *, frozen: bool) -> tuple[str, str]:
-        """The freezer's file and what to write there."""
-        if self._is_v1:
-            return "freezer.state", "FROZEN" if frozen else "THAWED"
-        return "cgroup.freeze", "1" if frozen else "0"
+    def doors(self) -> list[Path]:
+        """To write a pid to that is to be watched like this group's, and neither frozen nor charged with another's; the
+        group is made if need be."""
+        roots = {self._mounted.controllers.get(name) for name in ("freezer", "memory", "systemd")}
+        folders = [self._at(root) for root in roots | {self._mounted.unified} if root is not None]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        return [folder / "cgroup.procs" for folder in sorted(folders)]
 
     def _set(self, *, frozen: bool) -> None:
-        name, value = self._switch(frozen=frozen)
+        if self._is_v1:
+            name, value = "freezer.state", "FROZEN" if frozen else "THAWED"
+        else:
+            name, value = "cgroup.freeze", "1" if frozen else "0"
         path = self.freezer / name
         try:
             path.write_text(value)
@@ -217,14 +219,10 @@ class Cgroup:
         return v1 is not None, None if root is None else self._at(root)
 
     def join(self, pid: int) -> None:
-        """Move a process of the host into the group, made if need be, where service managers watch."""
-        roots = {self._mounted.controllers.get("systemd"), self._mounted.unified} - {None}
-        for root in roots:
-            assert root is not None
-            folder = self._at(root)
-            folder.mkdir(parents=True, exist_ok=True)
+        """Move a process of the host into the group, through its doors."""
+        for door in self.doors():
             try:
-                (folder / "cgroup.procs").write_text(str(pid))
+                door.write_text(str(pid))
             except ProcessLookupError:
                 return
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import guard, neighbours, oci
+from agent import guard, neighbours, oci, shm_folder
 from agent.assembly import interfaces, volume_name
 from agent.backlog import Backlog
 from agent.cgroup import Cgroup
@@ -209,13 +209,13 @@ class Departing:
         parent = self._folder / "parent"
         try:
             with (
-                Criu(find_program("criu"), environment(), pageless) as criu,
+                Criu(find_program("criu"), environment(), self._paths.netns, pageless) as criu,
                 closing(Backlog(self.name)) as self._backlog,
             ):
                 if (process := Process.find(criu.pid)) is not None:
                     process.note(self._folder / CRIU_PROCESS)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
-                yield _Dump(criu, self._request(None if pageless is None else parent), self._cgroup)
+                yield _Dump(criu, self._request(None if pageless is None else parent), self._cgroup, self._paths.shm)
         finally:
             shutil.rmtree(self._folder)
 
@@ -336,7 +336,8 @@ class Departing:
         return self._managers.containers.mounted_volumes(self.name)
 
     def _request(self, parent: Path | None) -> DumpRequest:
-        external = {volume.mount_point: volume.mount_point for volume in self.spec.volumes[1:]}
+        external = {oci.SHM: oci.SHM}
+        external |= {volume.mount_point: volume.mount_point for volume in self.spec.volumes[1:]}
         external.update({bind.target: bind.target for bind in self.spec.binds})
         root = Path(f"/proc/{self._record.init_pid}/root")
         external.update({file: "/dev/null" for file in oci.MASKED_FILES if (root / file.lstrip("/")).exists()})
@@ -348,7 +349,6 @@ class Departing:
             root=self._paths.rootfs,
             freezer=self._cgroup.freezer,
             external_mounts=external,
-            network_namespace_inode=self._paths.netns.stat().st_ino,
             parent=parent,
         )
 
@@ -356,10 +356,11 @@ class Departing:
 class _Dump:
     """CRIU lets the control group go while it works: it is frozen again before anything else happens."""
 
-    def __init__(self, criu: Criu, request: DumpRequest, cgroup: Cgroup) -> None:
+    def __init__(self, criu: Criu, request: DumpRequest, cgroup: Cgroup, shm: Path) -> None:
         self._criu = criu
         self._request = request
         self._cgroup = cgroup
+        self._shm = shm
 
     def dump(self, sent: Sequence[os.stat_result]) -> None:
         """Write the images; on return the tasks are stopped by CRIU and by the control group."""
@@ -367,6 +368,7 @@ class _Dump:
             write_parent(self._request.parent, map(pid_inside, self._cgroup.pids()))
         self._criu.dump(self._request, DUMP_TIMEOUT_S, sent)
         self._cgroup.freeze()
+        shm_folder.pack(self._shm, self._request.images)
 
 
 def resume_at_source(name: str, folder: Path, database: Database, runtime: Runtime, networks: Networks) -> None:

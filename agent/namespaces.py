@@ -70,14 +70,19 @@ def names() -> list[str]:
 
 def inside(name: str, work: Callable[[], _T]) -> _T:
     """Run `work` in the namespace, in a thread that ends with it. Raises OSError, and what `work` raises."""
-    descriptor = os.open(path_of(name), os.O_RDONLY | os.O_CLOEXEC)
 
-    def enter() -> _T:
-        _call(_libc.setns(descriptor, _CLONE_NEWNET), f"setns({path_of(name)})")
+    def there() -> _T:
+        enter(name)
         return work()
 
+    return _in_thread(there)
+
+
+def enter(name: str) -> None:
+    """For this thread, and what it starts. Raises OSError."""
+    descriptor = os.open(path_of(name), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _in_thread(enter)
+        _call(_libc.setns(descriptor, _CLONE_NEWNET), f"setns({path_of(name)})")
     finally:
         os.close(descriptor)
 

@@ -1,7 +1,7 @@
 """The OCI runtime configuration (config.json, opencontainers/runtime-spec 1.0.2) of a container, from its spec.
 
 What CRIU has to carry inside the freeze is kept small: no tmpfs on /dev (runc makes the few device files in the root
-file system itself) and no masked folders, since each would be a tmpfs of its own.
+file system itself), /dev/shm from outside, and no masked folders, since each would be a tmpfs of its own.
 """
 
 import resource
@@ -17,7 +17,6 @@ from migrator.v1.container_pb2 import ContainerSpec
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OPEN_FILES = 1 << 20
-SHM_BYTES = 64 << 20
 DEFAULT_COMMAND = ("/sbin/init",)
 
 DEFAULT_CAPABILITIES = frozenset({
@@ -38,11 +37,11 @@ CAPABILITIES = DEFAULT_CAPABILITIES | {
 MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/timer_list")
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger", "/proc/scsi", "/proc/acpi")
 
+SHM = "/dev/shm"
 _HIDDEN = ["nosuid", "noexec", "nodev"]
 _MOUNTS = (
     ("/proc", "proc", _HIDDEN),
     ("/dev/pts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-    ("/dev/shm", "tmpfs", [*_HIDDEN, "mode=1777", f"size={SHM_BYTES}"]),
     ("/dev/mqueue", "mqueue", _HIDDEN),
     ("/sys", "sysfs", [*_HIDDEN, "ro"]),
 )
@@ -117,12 +116,13 @@ def _with_default(environment: list[str], name: str, value: str) -> list[str]:
     )
 
 
-def mounts(spec: ContainerSpec, volumes: Path) -> list[dict[str, Any]]:
+def mounts(spec: ContainerSpec, shm: Path, volumes: Path) -> list[dict[str, Any]]:
     """What is mounted in the container beside its root; `volumes` holds the mount points `1`, `2` … on the host."""
     result: list[dict[str, Any]] = [
         {"destination": target, "type": kind, "source": kind, "options": list(options)}
         for target, kind, options in _MOUNTS
     ]
+    result.append(_bind(shm, SHM, "rw", *_HIDDEN))
     for index, volume in enumerate(spec.volumes):
         if index:
             result.append(_bind(volumes / str(index), volume.mount_point, "rw"))
@@ -130,8 +130,8 @@ def mounts(spec: ContainerSpec, volumes: Path) -> list[dict[str, Any]]:
     return result
 
 
-def _bind(source: Path, target: str, access: str) -> dict[str, Any]:
-    return {"destination": target, "type": "bind", "source": str(source), "options": ["rbind", "rprivate", access]}
+def _bind(source: Path, target: str, *options: str) -> dict[str, Any]:
+    return {"destination": target, "type": "bind", "source": str(source), "options": ["rbind", "rprivate", *options]}
 
 
 def resources(spec: ContainerSpec) -> dict[str, Any]:
@@ -146,7 +146,9 @@ def resources(spec: ContainerSpec) -> dict[str, Any]:
     return result
 
 
-def config(name: str, spec: ContainerSpec, user: User, *, volumes: Path, cgroup: str, netns: Path) -> dict[str, Any]:
+def config(
+    name: str, spec: ContainerSpec, user: User, *, shm: Path, volumes: Path, cgroup: str, netns: Path
+) -> dict[str, Any]:
     """config.json as a value. `cgroup` is the group's path below the hierarchies' roots."""
     hostname = spec.hostname or name
     linux: dict[str, Any] = {
@@ -169,6 +171,6 @@ def config(name: str, spec: ContainerSpec, user: User, *, volumes: Path, cgroup:
         "process": process(spec, hostname, user),
         "root": {"path": "rootfs", "readonly": False},
         "hostname": hostname,
-        "mounts": mounts(spec, volumes),
+        "mounts": mounts(spec, shm, volumes),
         "linux": linux,
     }

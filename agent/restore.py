@@ -1,11 +1,6 @@
-"""A restore in two steps: runc starts before the freeze and waits, CRIU restores and waits with every task held.
+"""A restore in two steps: runc has started before the freeze and waits, CRIU restores and waits with every task held.
 
-runc restores with the `criu` that it finds on its PATH. A stand-in there lets runc's first question (CRIU's version)
-pass and then keeps it until `go`, so that runc's start costs nothing inside the freeze. CRIU reads a configuration file
-that names an action script (criu.org/Action_scripts); at post-restore, before any task has run, the script says `held`
-and waits for its verdict. Anything but `run` makes CRIU kill what it has restored.
-
-The script keeps its end of the pipes open by itself: it survives the agent, and the next one can speak to it.
+runc restores with the `criu` that it finds on its PATH. There is a stand-in, the start of `agent.restorer`.
 """
 
 import errno
@@ -14,11 +9,14 @@ import os
 import select
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.processes import Process, command
+from agent.cgroup import Cgroup
+from agent.processes import Process
+from agent.restorer import GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator.errors import ExecutionError
 from migrator.images import last_errors
@@ -29,47 +27,18 @@ HELD_TIMEOUT_S = 20.0
 RUN_TIMEOUT_S = 30.0
 TELL_TIMEOUT_S = 1.0
 
+# runc moves what it has started into the control groups of the container. The restorer must not be frozen with it,
+# nor its memory count as the container's.
 _STAND_IN = """\
 #!/bin/sh
-cd {folder} || exit 1
-if mkdir asked 2>/dev/null; then
-    echo $$ >asked/pid
-    {criu} "$@"
-    status=$?
-    echo warm >said
-    read -r word <go
-    [ "$word" = go ] || exit 1
-    exit $status
-fi
-[ -e inherit ] && exec bash ./inherit {criu} "$@"
-exec {criu} "$@"
-"""
-
-_HOOK = """\
-#!/bin/sh
-cd {folder} || exit 1
-case $CRTOOLS_SCRIPT_ACTION in
-post-restore)
-    echo $$ >hook.pid
-    exec 3<>verdict 4<>said
-    echo held >&4
-    read -r word <&3
-    [ "$word" = run ]
-    ;;
-pre-resume)
-    {freeze}
-    exec 4<>said
-    echo resuming >&4
-    ;;
-post-resume)
-    exec 4<>said
-    echo running >&4
-    ;;
-esac
+(
+    {leave}
+    exec {python} -I -m agent.restorer {folder} "$@"
+) &
+wait $!
 """
 
 _CRIU_CONFIGURATION = """\
-action-script {hook}
 file-locks
 file-validation filesize
 ghost-limit 1G
@@ -81,9 +50,9 @@ tcp-established
 
 
 class HeldRestore:
-    """The folder of one restore, on a tmpfs: CRIU's images, and the pipes to the stand-in and the script.
+    """The folder of one restore, on a tmpfs: CRIU's images, and the pipes to the restorer.
 
-    These are in `programs`, on a file system from which programs may be started: /run is often not one.
+    The stand-in is in `programs`, on a file system from which programs may be started: /run is often not one.
     """
 
     def __init__(self, folder: Path, programs: Path) -> None:
@@ -93,30 +62,32 @@ class HeldRestore:
         self._folder = folder
         self._said = -1
 
-    def prepare(self, criu: str, stdio: Sequence[str], freeze: str, *, lazy: bool) -> None:
-        """Write everything. `freeze` is a shell command for the moment before the tasks run, `:` for none.
-
-        `lazy`: a fill (`migrator.fill`) waits in the work directory.
-        """
+    def prepare(self, orders: Orders, stdio: Sequence[str], *, lazy: bool) -> None:
+        """Write everything. `lazy`: a fill (`migrator.fill`) waits in the work directory."""
         for folder in (self._folder, self.images, self.programs):
             folder.mkdir(parents=True, mode=0o700)
-        quoted = shlex.quote(str(self._folder))
-        hook = self.programs / "hook"
-        _write_script(self.programs / "criu", _STAND_IN.format(folder=quoted, criu=shlex.quote(criu)))
-        _write_script(hook, _HOOK.format(folder=quoted, freeze=freeze))
-        lines = _CRIU_CONFIGURATION.format(hook=hook) + ("lazy-pages\n" if lazy else "")
-        self.configuration.write_text(lines)
+        orders.write(self._folder)
+        stand_in = self.programs / "criu"
+        stand_in.write_text(
+            _STAND_IN.format(
+                leave="\n    ".join(f"echo 0 >{shlex.quote(str(path))}" for path in Cgroup(orders.watchers).doors()),
+                python=shlex.quote(sys.executable),
+                folder=shlex.quote(str(self._folder)),
+            )
+        )
+        stand_in.chmod(0o700)
+        self.configuration.write_text(_CRIU_CONFIGURATION + ("lazy-pages\n" if lazy else ""))
         (self.images / "descriptors.json").write_text(json.dumps(list(stdio)))
-        for name in ("said", "go", "verdict"):
+        for name in (SAID, GO, VERDICT):
             os.mkfifo(self._folder / name, 0o600)
-        self._said = os.open(self._folder / "said", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._open()
 
     def inherit(self, amended: Amended) -> None:
         """Have CRIU inherit these, which this process holds open until every task is restored."""
         if amended.inherited:
             with self.configuration.open("a") as configuration:
                 configuration.write(amended.options())
-            (self._folder / "inherit").write_text(amended.script())
+            (self._folder / INHERIT).write_text(amended.script())
 
     def wait_warm(self, launch: Launch) -> None:
         """Wait until runc waits."""
@@ -124,29 +95,22 @@ class HeldRestore:
 
     def restore(self, launch: Launch, log: Path) -> None:
         """Let runc and CRIU go on, until every task is restored and held. `log` is CRIU's."""
-        _tell(self._folder / "go", "go")
+        _tell(self._folder / GO, "go")
         try:
             self._wait("held", launch, HELD_TIMEOUT_S)
         except ExecutionError as error:
             raise ExecutionError(f"{error}{last_errors(log)}", reason="RESTORE_FAILED") from error
 
     def is_held(self) -> bool:
-        """Whether the script waits for its verdict, also one that an earlier agent has started."""
-        return self._process("hook.pid", self.programs / "hook") is not None
-
-    def _process(self, pid_file: str, script: Path) -> Process | None:
-        """The process that has noted its pid there, if it still runs that script."""
-        try:
-            pid = int((self._folder / pid_file).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return Process.find(pid) if str(script) in command(pid) else None
+        """Whether the restorer waits for its verdict, also one of an earlier agent's."""
+        process = Process.noted(self._folder / HOLDING)
+        return process is not None and process.is_alive()
 
     def resume(self, launch: Launch | None) -> None:
         """Let the tasks go on; returns when their sockets are back, just before the first of them runs."""
         if self._said < 0:
-            self._said = os.open(self._folder / "said", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        _tell(self._folder / "verdict", "run")
+            self._open()
+        _tell(self._folder / VERDICT, "run")
         self._wait("resuming", launch, RUN_TIMEOUT_S)
 
     def wait_running(self, launch: Launch | None) -> None:
@@ -155,12 +119,12 @@ class HeldRestore:
 
     def give_up(self) -> None:
         """Have whoever waits end without running anything. Repeatable."""
-        for name in ("go", "verdict"):
+        for name in (GO, VERDICT):
             _tell(self._folder / name, "give-up", must_be_heard=False)
-        # The stand-in may not have come as far as to listen.
-        stand_in = self._process("asked/pid", self.programs / "criu")
-        if stand_in is not None:
-            stand_in.signal(signal.SIGKILL)
+        # It may be in the middle of the restore.
+        restorer = Process.noted(self._folder / RESTORER)
+        if restorer is not None:
+            restorer.signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Close the pipe; the folder stays."""
@@ -168,8 +132,11 @@ class HeldRestore:
             os.close(self._said)
             self._said = -1
 
+    def _open(self) -> None:
+        self._said = os.open(self._folder / SAID, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
     def _wait(self, word: str, launch: Launch | None, timeout_s: float) -> None:
-        """Wait for a word from the scripts, or for runc to fail."""
+        """Wait for a word from the restorer, or for runc to fail."""
         deadline = time.monotonic() + timeout_s
         heard = b""
         watched = [self._said] if launch is None else [self._said, launch.fileno()]
@@ -184,11 +151,6 @@ class HeldRestore:
                 raise ExecutionError(f"the restore did not come to {word!r} within {timeout_s:g} s")
         if heard.decode().strip() != word:
             raise ExecutionError(f"the restore said {heard.decode().strip()!r} instead of {word!r}")
-
-
-def _write_script(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o700)
 
 
 def _tell(pipe: Path, word: str, *, must_be_heard: bool = True) -> None:

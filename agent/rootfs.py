@@ -69,15 +69,6 @@ def write_identity(root: Path, hostname: str, addresses: list[str], resolver: st
     write_text(root, "/etc", "resolv.conf", resolver)
 
 
-def make_mount_points(root: Path) -> None:
-    """/dev/shm for everybody: runc 1.1 gives a tmpfs the mode of the folder that it covers, not that of its options."""
-    for parent, name, mode in (("/", "dev", 0o755), ("/dev", "shm", 0o1777)):
-        with opened_in(root, parent, os.O_RDONLY | os.O_DIRECTORY) as folder, suppress(FileExistsError):
-            os.mkdir(name, mode, dir_fd=folder)
-    with opened_in(root, "/dev/shm", os.O_RDONLY | os.O_DIRECTORY) as folder:
-        os.fchmod(folder, 0o1777)
-
-
 @dataclass(frozen=True)
 class User:
     """Who a process runs as."""

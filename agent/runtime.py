@@ -31,6 +31,7 @@ class ContainerPaths:
 
     bundle: Path
     rootfs: Path
+    shm: Path
     volumes: Path
     log: Path
     netns: Path
@@ -117,6 +118,7 @@ class Runtime:
         return ContainerPaths(
             bundle=bundle,
             rootfs=bundle / "rootfs",
+            shm=bundle / "shm",
             volumes=bundle / "volumes",
             log=bundle / "log",
             netns=Path("/run/netns") / name,

@@ -43,7 +43,6 @@ class DumpRequest:
     freezer: Path
     # Key to value of CRIU's external mounts: bind mounts and masked files.
     external_mounts: Mapping[str, str] = field(default_factory=dict)
-    network_namespace_inode: int = 0
     # A folder beside `images` that `pageless.write_parent` has filled: then no memory is dumped.
     parent: Path | None = None
 
@@ -53,8 +52,14 @@ class Criu:
 
     ROLLBACK_S = 5.0
 
-    def __init__(self, program: str, environment: Mapping[str, str], pageless: Pageless | None = None) -> None:
-        """With `pageless` it can dump against a parent that has every page, and without shared memory."""
+    def __init__(
+        self, program: str, environment: Mapping[str, str], network: Path, pageless: Pageless | None = None
+    ) -> None:
+        """It runs in this network namespace, which is the container's: as its own, CRIU leaves it alone.
+
+        Of another it dumps the tracked connections, and for that the kernel walks through a table of the whole host.
+        With `pageless` it can dump against a parent that has every page, and without shared memory.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._leave_out = None if pageless is None or not preload.works() else LeaveOut()
         with theirs:
@@ -63,7 +68,7 @@ class Criu:
                 passed.append(self._leave_out.descriptor)
                 environment = {**environment, **self._leave_out.environment}
             self._process = subprocess.Popen(
-                command if pageless is None else pageless.command(command),
+                ["nsenter", f"--net={network}", *(command if pageless is None else pageless.command(command))],
                 pass_fds=passed,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -168,8 +173,6 @@ def _dump_message(request: DumpRequest, images: int, work: int) -> rpc.criu_req:
     if request.parent is not None:
         options.track_mem = True
         options.parent_img = f"../{request.parent.name}"
-    if request.network_namespace_inode:
-        options.external.append(f"net[{request.network_namespace_inode}]:extRootNetNS")
     for key, value in request.external_mounts.items():
         options.ext_mnt.add(key=key, val=value)
     return rpc.criu_req(type=rpc.DUMP, opts=options)

@@ -1,0 +1,201 @@
+"""Between runc and CRIU: what runc takes for `criu` when it restores a container that arrives.
+
+runc speaks CRIU's RPC (criu.org/RPC) with what it has started as `criu swrk FD`. This program hands the messages on to
+a CRIU of its own and keeps two of them back: the request to restore, until everything has arrived, and runc's answer to
+"post-restore", when every task is there and none has run, until the verdict. So all that runc prepares is done before
+the freeze, and CRIU needs no action script, which it would start six times.
+
+What it needs is in its folder (`Orders`, and named pipes): it outlives the agent, and the next one can speak to it. Any
+verdict but `run`, and its own end, have CRIU kill what it has restored.
+"""
+
+import json
+import os
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pycriu import rpc_pb2 as rpc
+
+from agent import namespaces
+from agent.cgroup import Cgroup
+from agent.processes import Process
+
+GO, VERDICT, SAID = "go", "verdict", "said"
+RESTORER, HOLDING = "restorer.pid", "holding.pid"
+"""Where it notes itself: when runc has asked for the restore, and when every task is held."""
+INHERIT = "inherit"
+"""A script that opens what CRIU inherits and becomes the command that it is given, where there is one by then."""
+
+_MESSAGE_BYTES = 1 << 20
+_DESCRIPTORS = 4
+_ORDERS = "orders.json"
+_CREDENTIALS = struct.Struct("=iII")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What it is told beforehand."""
+
+    criu: str
+    # Where the container's root will be mounted: runc has bound the folder as it was before.
+    root: str
+    # The name of the container's network namespace: CRIU was there, too, when it dumped.
+    network: str
+    # The container's control group, and that of the processes that watch containers.
+    group: str
+    watchers: str
+    # Whether the tasks are to be frozen before the first of them runs.
+    freeze: bool
+
+    def write(self, folder: Path) -> None:
+        """For `read`."""
+        (folder / _ORDERS).write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Orders":
+        """What was written there."""
+        return cls(**json.loads((folder / _ORDERS).read_text()))
+
+
+class Criu:
+    """A process that becomes CRIU when it is let: until then it can be moved into control groups, at some 10 ms each.
+
+    It has all descriptors of this process that are inheritable: runc's requests name some by number.
+    """
+
+    def __init__(self, network: str) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        waiting, self._letting = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self._letting)
+                namespaces.enter(network)
+                os.set_inheritable(theirs.fileno(), True)
+                command = json.loads(os.read(waiting, _MESSAGE_BYTES))
+                os.execvp(command[0], [*command, "swrk", str(theirs.fileno())])
+            finally:
+                os._exit(127)
+        os.close(waiting)
+        theirs.close()
+
+    def become(self, command: Sequence[str]) -> None:
+        """Let it."""
+        os.write(self._letting, json.dumps(command).encode())
+
+    def end(self) -> int:
+        """Leave it alone, have it undo what it has done, and wait for it; its exit code."""
+        os.close(self._letting)
+        self.socket.close()
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+def main(folder: str, runc: socket.socket) -> int:
+    """Serve one request of runc's. Returns CRIU's exit code."""
+    orders = Orders.read(Path(folder))
+    criu = Criu(orders.network)
+    message = runc.recv(_MESSAGE_BYTES)
+    request = rpc.criu_req.FromString(message)
+    if request.type == rpc.RESTORE:
+        return _Restore(Path(folder), orders, runc, criu).run(request)
+    criu.become([orders.criu])
+    criu.socket.send(message)
+    runc.send(criu.socket.recv(_MESSAGE_BYTES))
+    return criu.end()
+
+
+class _Restore:
+    def __init__(self, folder: Path, orders: Orders, runc: socket.socket, criu: Criu) -> None:
+        self._folder = folder
+        self._orders = orders
+        self._runc = runc
+        self._criu = criu
+
+    def run(self, request: rpc.criu_req) -> int:
+        """Until CRIU has ended."""
+        if self._prepare():
+            self._amend(request.opts)
+            self._criu.socket.send(request.SerializeToString())
+            while self._relay():
+                pass
+        return self._criu.end()
+
+    def _prepare(self) -> bool:
+        """Wait until everything is there, and start CRIU."""
+        for folder in Cgroup(self._orders.group).folders():
+            (folder / "cgroup.procs").write_text(str(self._criu.pid))
+        if self._ask("warm", GO, RESTORER) != "go":
+            return False
+        inherit = self._folder / INHERIT
+        # Not /bin/sh, which may not know descriptors of two digits.
+        self._criu.become([*(["bash", str(inherit)] if inherit.exists() else []), self._orders.criu])
+        return True
+
+    def _amend(self, options: rpc.criu_opts) -> None:
+        """CRIU looks for its folders among the descriptors of the process that has made its socket: now this one."""
+        options.root = self._orders.root
+        credentials = self._runc.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        runc, _, _ = _CREDENTIALS.unpack(credentials)
+        for name in ("images_dir_fd", "work_dir_fd"):
+            if options.HasField(name):
+                theirs = f"/proc/{runc}/fd/{getattr(options, name)}"
+                setattr(options, name, os.open(theirs, os.O_RDONLY | os.O_DIRECTORY))
+
+    def _relay(self) -> bool:
+        """Hand on one message of CRIU's, and runc's answer to it; False when there is nothing more."""
+        message, descriptors, _, _ = socket.recv_fds(self._criu.socket, _MESSAGE_BYTES, _DESCRIPTORS)
+        if not message:
+            return False
+        socket.send_fds(self._runc, [message], descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        response = rpc.criu_resp.FromString(message)
+        if response.type != rpc.NOTIFY:
+            return False
+        answer = self._runc.recv(_MESSAGE_BYTES)
+        if not answer or not self._may_go_on(response.notify.script):
+            return False
+        self._criu.socket.send(answer)
+        return True
+
+    def _may_go_on(self, moment: str) -> bool:
+        if moment == "post-restore":
+            return self._ask("held", VERDICT, HOLDING) == "run"
+        if moment == "pre-resume":
+            if self._orders.freeze:
+                self._begin_to_freeze()
+            self._say("resuming")
+        if moment == "post-resume":
+            self._say("running")
+        return True
+
+    def _begin_to_freeze(self) -> None:
+        """The tasks, and not CRIU, which is in their group: they stop as it lets go of them."""
+        (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(self._criu.pid))
+        Cgroup(self._orders.group).begin_to_freeze()
+
+    def _ask(self, word: str, pipe: str, note: str) -> str:
+        """Say the word and wait for what is answered; the note tells a later agent that an answer is awaited."""
+        process = Process.find(os.getpid())
+        assert process is not None
+        # Opened to write as well: it does not end when an agent does.
+        with (self._folder / pipe).open("r+b", buffering=0) as answers:
+            process.note(self._folder / note)
+            self._say(word)
+            return answers.readline().decode().rstrip("\n")
+
+    def _say(self, word: str) -> None:
+        with (self._folder / SAID).open("r+b", buffering=0) as said:
+            said.write(f"{word}\n".encode())
+
+
+if __name__ == "__main__":
+    _, _folder, _verb, _descriptor = sys.argv
+    # Not for CRIU: it has a socket of its own.
+    os.set_inheritable(int(_descriptor), False)
+    sys.exit(main(_folder, socket.socket(fileno=int(_descriptor))))
