@@ -175,8 +175,9 @@ class _Restore:
         return True
 
     def _begin_to_freeze(self) -> None:
-        """The tasks, and not CRIU, which is in their group: they stop as it lets go of them."""
-        (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(self._criu.pid))
+        """The tasks, which stop as CRIU lets go of them; not CRIU, and not the stand-in that runc waits for."""
+        for pid in (self._criu.pid, os.getppid()):
+            (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(pid))
         Cgroup(self._orders.group).begin_to_freeze()
 
     def _ask(self, word: str, pipe: str, note: str) -> str:
