@@ -31,7 +31,7 @@ from migrator import memory
 from migrator.criu import Criu, DumpRequest
 from migrator.memory import MemoryTracker
 from migrator.network import Neighbour
-from migrator.pageless import write_parent
+from migrator.pageless import Pageless
 from migrator.ports import Checkpoint, LeavingVolume
 from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, migration_pb2, peer_pb2
@@ -215,7 +215,8 @@ class Departing:
                 if (process := Process.find(criu.pid)) is not None:
                     process.note(self._folder / CRIU_PROCESS)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
-                yield _Dump(criu, self._request(None if pageless is None else parent), self._cgroup, self._paths.shm)
+                request = self._request(None if pageless is None else parent)
+                yield _Dump(criu, request, self._cgroup, self._paths.shm, pageless)
         finally:
             shutil.rmtree(self._folder)
 
@@ -356,16 +357,17 @@ class Departing:
 class _Dump:
     """CRIU lets the control group go while it works: it is frozen again before anything else happens."""
 
-    def __init__(self, criu: Criu, request: DumpRequest, cgroup: Cgroup, shm: Path) -> None:
+    def __init__(self, criu: Criu, request: DumpRequest, cgroup: Cgroup, shm: Path, pageless: Pageless | None) -> None:
         self._criu = criu
         self._request = request
         self._cgroup = cgroup
         self._shm = shm
+        self._pageless = pageless
 
     def dump(self, sent: Sequence[os.stat_result]) -> None:
         """Write the images; on return the tasks are stopped by CRIU and by the control group."""
-        if self._request.parent is not None:
-            write_parent(self._request.parent, map(pid_inside, self._cgroup.pids()))
+        if self._request.parent is not None and self._pageless is not None:
+            self._pageless.prepare(self._request.parent, {pid: pid_inside(pid) for pid in self._cgroup.pids()})
         self._criu.dump(self._request, DUMP_TIMEOUT_S, sent)
         self._cgroup.freeze()
         shm_folder.pack(self._shm, self._request.images)

@@ -1,12 +1,15 @@
 """A dump by CRIU that copies no memory, because all of it was tracked and sent by us.
 
-CRIU leaves out a page that has not changed since a parent dump and is in it. Both are made to hold for every page: the
-parent is written here, with a pagemap that claims the whole address space of every process, and CRIU is told by its
-cache of kernel features, /run/criu.kdat, that the kernel tracks changes although it does not. The cache is changed for
-one CRIU alone, in a mount namespace of its own. Its layout is CRIU's own affair (4.2: a byte at offset 32), so the byte
-is found by trying, and `probe` dumps a process of its own before anything relies on it.
+CRIU leaves out a page that has not changed since a parent dump and is in it. Both are made to hold for every page.
+The parent is written here, with a pagemap that claims the whole address space of every process. And for the changes:
 
-On a kernel that does track changes (CONFIG_MEM_SOFT_DIRTY) this is not used: there pages count as changed.
+- Where the kernel tracks them (CONFIG_MEM_SOFT_DIRTY) it is made to forget them once all have been collected. What CRIU
+  itself changes in a process is then dumped: a few pages.
+- Where it does not, CRIU is told by its cache of kernel features, /run/criu.kdat, that it does. The cache is changed
+  for one CRIU alone, in a mount namespace of its own. Its layout is CRIU's own affair (4.2: a byte at offset 32), so
+  the byte is found by trying.
+
+`probe` dumps a process of its own before anything relies on it.
 """
 
 import os
@@ -16,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +28,11 @@ from pycriu.images.magic import by_name
 
 from migrator.errors import ExecutionError
 from migrator.images import joined, last_errors
+from migrator.memory import ProcessGone, soft_dirty
 
 CACHE = Path("/run/criu.kdat")
+# What CRIU may change in a process that it dumps, and the kernel tells of: system calls are put into its code.
+OWN_BYTES = 32 << 10
 # has_dirty_track of struct kerndat_s; others are tried if it is elsewhere.
 LIKELY_OFFSET = 32
 PROBE_TIMEOUT_S = 20.0
@@ -45,14 +52,27 @@ _UNSHARE = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
 
 @dataclass(frozen=True)
 class Pageless:
-    """What `probe` has found to work."""
+    """What `probe` has found to work. `cache` is the changed one, None where CRIU needs none."""
 
-    cache: Path
+    cache: Path | None
 
     def command(self, criu: list[str]) -> list[str]:
         """The command line, in a mount namespace where the cache is the changed one; the process stays the same."""
+        if self.cache is None:
+            return criu
         CACHE.touch()
         return [*_UNSHARE, _WITH_CACHE, "criu", str(self.cache), str(CACHE), *criu]
+
+    def prepare(self, parent: Path, processes: Mapping[int, int]) -> None:
+        """Make the parent dump for frozen processes, by pid; each with its pid as CRIU has it.
+
+        All that they wrote has been collected: a method that sees writes by soft-dirty bits knows nothing of them now.
+        """
+        write_parent(parent, processes.values())
+        if self.cache is None:
+            for pid in processes:
+                with suppress(ProcessGone):
+                    soft_dirty.clear(pid)
 
 
 def write_parent(folder: Path, pids: Iterable[int]) -> None:
@@ -87,10 +107,12 @@ def probe(criu: str, environment: Mapping[str, str], folder: Path) -> Pageless:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder, prefix="probe-") as temporary:
         work = Path(temporary)
-        cache = _patched(criu, environment)
-        kept = folder / "criu.kdat"
-        kept.write_bytes(cache)
-        pageless = Pageless(kept)
+        if soft_dirty.probe() is None:
+            pageless = Pageless(None)
+        else:
+            kept = folder / "criu.kdat"
+            kept.write_bytes(_patched(criu, environment))
+            pageless = Pageless(kept)
         _dump_sleeper(criu, environment, pageless, work)
     return pageless
 
@@ -122,11 +144,12 @@ def _dump_sleeper(criu: str, environment: Mapping[str, str], pageless: Pageless,
         start_new_session=True,
     )
     try:
-        while Path(f"/proc/{sleeper.pid}/comm").read_text() != "sleep\n":
+        # Before it sleeps it is being loaded, which changes its memory.
+        while "(sleep) S " not in Path(f"/proc/{sleeper.pid}/stat").read_text():
             if sleeper.poll() is not None:
                 raise ExecutionError("a mount namespace with the changed cache could not be made")
             time.sleep(0.001)
-        write_parent(parent, [sleeper.pid])
+        pageless.prepare(parent, {sleeper.pid: sleeper.pid})
         dump = [
             "nsenter",
             "--target",
@@ -146,7 +169,7 @@ def _dump_sleeper(criu: str, environment: Mapping[str, str], pageless: Pageless,
         if _run(dump, environment).returncode != 0:
             raise ExecutionError(f"a dump without pages failed:{last_errors(images / 'dump.log')}")
         pages = sum(path.stat().st_size for path in images.glob("pages-*.img"))
-        if pages:
+        if pages > (OWN_BYTES if pageless.cache is None else 0):
             raise ExecutionError(f"CRIU wrote {pages} bytes of memory that it was told not to write")
     finally:
         sleeper.send_signal(signal.SIGKILL)

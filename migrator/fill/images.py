@@ -1,9 +1,9 @@
 """From the images of a dump that wrote no pages to images for a lazy restore (criu.org/Images; CRIU 4.1 and 4.2).
 
 A pagemap says where pages are: PARENT in images that do not exist, LAZY where `criu dump --lazy-pages` left them out,
-PRESENT in the pages file. Afterwards it says LAZY of what the fill maps (without PRESENT: the pages file holds none of
-it), and PRESENT of the rest, with its pages in the pages file in the order of the entries. This runs while the
-container is frozen.
+PRESENT in the pages file, with LAZY or without. Afterwards it says LAZY of what the fill maps (without PRESENT: the
+pages file holds none of it), and PRESENT of the rest, with its pages in the pages file in the order of the entries.
+This runs while the container is frozen.
 """
 
 import os
@@ -76,7 +76,8 @@ def prepare_process(images: Path, store: Path, pid: int) -> Prepared:
     lazy_bytes = eager_bytes = 0
     with _Pages(pages, page_store.path_of(store, pid)) as output:
         for entry, start, end in _entries(messages):
-            if not entry.flags & (_PARENT | _LAZY):
+            # A plain dump marks what could be lazy, and writes it all the same.
+            if entry.flags & _PRESENT or not entry.flags & (_PARENT | _LAZY):
                 amended.append(_entry(start, end, _PRESENT))
                 output.keep(end - start)
                 eager_bytes += end - start

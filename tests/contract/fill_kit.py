@@ -29,8 +29,8 @@ class Room:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        made = pageless.probe(CRIU, os.environ, folder / "pageless")
-        self._holder = subprocess.Popen(made.command(["sleep", "infinity"]), stdout=subprocess.DEVNULL)
+        self.pageless = pageless.probe(CRIU, os.environ, folder / "pageless")
+        self._holder = subprocess.Popen(self.pageless.command(["sleep", "infinity"]), stdout=subprocess.DEVNULL)
         while Path(f"/proc/{self._holder.pid}/comm").read_text() != "sleep\n":
             time.sleep(0.005)
         source = Path(__file__).with_name("fill_victim.c")
@@ -106,15 +106,20 @@ class Victim:
             time.sleep(0.005)
         return self.lines(start)
 
-    def dump(self) -> None:
-        """CRIU's images of the tree, stopped, and its pages in the store as the rounds would have put them there."""
-        pageless.write_parent(self._before, self.pids)
-        self.room.run(
-            [CRIU, "dump", "-t", str(self.process.pid), "-D", str(self.images), "--leave-stopped", "--track-mem",
-             "--prev-images-dir", "../pre", "--manage-cgroups=ignore"]
-        )  # fmt: skip
-        assert not sum(path.stat().st_size for path in self.images.glob("pages-*.img"))
-        for pid in self.pids:
+    def dump(self, *, whole: bool = False) -> None:
+        """CRIU's images of the tree, stopped, and its pages in the store as the rounds would have put them there.
+
+        `whole`: CRIU has dumped all memory by itself, and the store has nothing.
+        """
+        options = ["--leave-stopped", "--manage-cgroups=ignore"]
+        if not whole:
+            self.room.pageless.prepare(self._before, {pid: pid for pid in self.pids})
+            options += ["--track-mem", "--prev-images-dir", "../pre"]
+        self.room.run([CRIU, "dump", "-t", str(self.process.pid), "-D", str(self.images), *options])
+        written = sum(path.stat().st_size for path in self.images.glob("pages-*.img"))
+        own = pageless.OWN_BYTES if self.room.pageless.cache is None else 0
+        assert whole or written <= own * len(self.pids)
+        for pid in [] if whole else self.pids:
             self._send(pid)
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)

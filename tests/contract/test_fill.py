@@ -48,6 +48,15 @@ def test_memory_of_all_kinds(made: Room, environment: dict[str, str]) -> None:
         assert set(moved.wait_for("bad", moved.count)) == {"bad 0"}
 
 
+def test_what_criu_has_dumped_itself_is_restored(made: Room) -> None:
+    with victim(made, "fork", 16) as moved:
+        moved.dump(whole=True)
+        moved.launch()
+        moved.restore()
+        assert moved.wait_until_filled().state is State.DONE, moved.log()
+        assert moved.wait_for("bad") == ["bad 0"]
+
+
 @pytest.mark.parametrize("scenario", ["mixed", "threads", "slow"])
 def test_a_worker_that_dies_is_replaced(made: Room, scenario: str) -> None:
     with victim(made, scenario, 48) as moved:
