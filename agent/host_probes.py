@@ -26,8 +26,9 @@ from migrator.units import format_size
 from migrator.v1 import host_pb2, host_pb2_grpc
 
 CRIU_NEEDED = (4, 2)
-PROGRAM_S = 1.5
-PEER_S = 1.5
+# On a busy or an emulated host the smallest program may take seconds.
+PROGRAM_S = 15.0
+PEER_S = 5.0
 EXPIRY_WARNING = datetime.timedelta(days=30)
 LITTLE_DISK_BYTES = 2 << 30
 SETUP = "run scripts/setup"
@@ -72,9 +73,12 @@ def program(name: str, *, needed_for: str = "") -> Finding:
     missing = warning if needed_for else problem
     try:
         path = find_program(name)
-        done = _run(path, "--version")
     except ExecutionError:
         return missing(name, f"{name} is not installed{needed_for and f': needed to {needed_for}'}", SETUP)
+    try:
+        done = _run(path, "--version")
+    except ExecutionError as error:
+        return missing(name, str(error), "see what this host is busy with, and try again")
     lines = (done.stdout or done.stderr).strip().splitlines()
     if done.returncode != 0 or not lines:
         return missing(name, f"{path} does not start: {' '.join(lines[-1:])}", SETUP)
@@ -254,7 +258,9 @@ def peer(config: Config, name: str) -> Finding:
 def _run(*command: str) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise ExecutionError(f"{' '.join(command)} has not ended within {PROGRAM_S:g} s") from error
+    except OSError as error:
         raise ExecutionError(f"{command[0]}: {error}") from error
 
 
