@@ -108,7 +108,7 @@ def _debootstrap(
         command += [f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT]
         command += [f"--dpkgopt=path-include={pattern}" for pattern in KEPT]
         command += _cache_hooks(archives, settings)
-        command += [suite, str(new), *_sources(suite)]
+        command += [suite, str(new), *sources(suite)]
         report(f"building {suite} with {', '.join(packages) or 'nothing'} added; this takes a minute or two")
         _run(command, folder, report, cancel)
         new.replace(target)
@@ -128,7 +128,7 @@ def _cache_hooks(archives: Path, settings: Path) -> list[str]:
     ]
 
 
-def _sources(suite: str) -> list[str]:
+def sources(suite: str) -> list[str]:
     """Lines for sources.list. Raises Precondition if apt knows no Debian mirror."""
     text = _apt(
         "apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Identifier: Packages", "Component: main"

@@ -1,46 +1,17 @@
-"""QEMU 10 and a kernel for its guest, from Debian 13's packages, unpacked into a folder: the system stays as it is."""
+"""What an emulated machine of the benchmark starts from: Debian 13's kernel, and an initial file system of our own."""
 
 import lzma
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 from benchkit.errors import CannotRunError
-from benchkit.hosts import last_words, must
 from benchkit.native import Programs, compile_program
+from labkit import foreign
+from labkit.hosts import LabError
 
 CACHE = Path("/var/cache/migrator-bench")
 SUITE = "trixie"
 MODULES = ("net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net")
-SOURCES = """\
-Types: deb
-URIs: {mirror}
-Suites: {suite}
-Components: main
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-"""
-SETTINGS = """\
-Dir::State "{folder}/state";
-Dir::State::status "{folder}/status";
-Dir::Cache "{folder}/cache";
-Dir::Etc::sourcelist "/dev/null";
-Dir::Etc::sourceparts "{folder}/etc";
-Dir::Etc::preferences "/dev/null";
-Dir::Etc::preferencesparts "/dev/null";
-Acquire::Languages "none";
-APT::Sandbox::User "root";
-"""
-APT_S = 300.0
-
-
-def command() -> list[str]:
-    """The emulator, once `install` has been there."""
-    root = CACHE / "qemu"
-    libraries = next((root / "usr/lib").glob("*-linux-gnu"))
-    loader = next((root / "usr/lib64").glob("ld-linux-*"))
-    program = [str(loader), "--library-path", str(libraries), str(root / "usr/bin/qemu-system-x86_64")]
-    return [*program, "-L", str(root / "usr/share/qemu"), "-L", str(root / "usr/share/seabios")]
 
 
 def kernel() -> Path:
@@ -48,27 +19,18 @@ def kernel() -> Path:
 
 
 def install() -> None:
-    """Download and unpack what is not there. Raises CannotRunError with apt's last words."""
-    if (CACHE / "complete").exists():
-        return
-    shutil.rmtree(CACHE, ignore_errors=True)
-    apt = CACHE / "apt"
-    for name in ("state/lists/partial", "cache/archives/partial", "etc"):
-        (apt / name).mkdir(parents=True)
-    (apt / "status").touch()
-    (apt / "etc/debian.sources").write_text(SOURCES.format(mirror=_mirror(), suite=SUITE))
-    (apt / "apt.conf").write_text(SETTINGS.format(folder=apt))
-    _apt("update")
-    download = ("install", "--yes", "--no-install-recommends", "--download-only")
-    _apt(*download, "qemu-system-x86")
-    for package in (apt / "cache/archives").glob("*.deb"):
-        must(["dpkg-deb", "--extract", str(package), str(CACHE / "qemu")])
-        package.unlink()
-    depends = _apt_cache("depends", "linux-image-cloud-amd64").split("Depends: ")
-    _apt("download", depends[1].split()[0], folder=apt / "cache")
-    for package in (apt / "cache").glob("linux-image-*.deb"):
-        must(["dpkg-deb", "--extract", str(package), str(CACHE / "kernel")])
-    shutil.rmtree(apt)
+    """QEMU and the kernel, where they are not there. Raises CannotRunError with apt's last words."""
+    try:
+        foreign.install_qemu()
+        if (CACHE / "complete").exists():
+            return
+        shutil.rmtree(CACHE, ignore_errors=True)
+        CACHE.mkdir(parents=True)
+        with foreign.suite(SUITE, CACHE / "apt") as packages:
+            newest = packages.depends("linux-image-cloud-amd64")[0]
+            packages.unpack(CACHE / "kernel", newest, alone=True)
+    except LabError as error:
+        raise CannotRunError(str(error)) from error
     (CACHE / "complete").touch()
 
 
@@ -99,30 +61,3 @@ def _entry(name: str, mode: int, content: bytes = b"") -> bytes:
     numbers = (0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
     head = b"070701" + b"".join(b"%08X" % number for number in numbers) + encoded
     return head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
-
-
-def _mirror() -> str:
-    """The one that this system trusts already; only the suite is another."""
-    listing = must(["apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)", "Identifier: Packages"])
-    for line in listing.splitlines():
-        label, _, address = line.partition("|")
-        if label == "Debian":
-            return address
-    raise CannotRunError("apt knows no Debian mirror")
-
-
-def _apt(*words: str, folder: Path | None = None) -> None:
-    environment = {**os.environ, "APT_CONFIG": str(CACHE / "apt/apt.conf")}
-    done = subprocess.run(
-        ["apt-get", "-qq", *words], env=environment, cwd=folder, capture_output=True, text=True, check=False,
-        timeout=APT_S,
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise CannotRunError(f"apt-get {words[0]} of Debian's {SUITE}: {last_words(done.stderr)}")
-
-
-def _apt_cache(*words: str) -> str:
-    environment = {**os.environ, "APT_CONFIG": str(CACHE / "apt/apt.conf")}
-    return subprocess.run(
-        ["apt-cache", *words], env=environment, capture_output=True, text=True, check=True, timeout=APT_S
-    ).stdout

@@ -14,6 +14,7 @@ from benchkit.contenders.base import Bench, Moved, Session
 from benchkit.errors import BenchError
 from benchkit.hosts import DESTINATION, SOURCE, last_words
 from benchkit.workloads import Workload
+from labkit import foreign
 from labkit.hosts import host_named
 
 ADDRESS, MAC = "10.77.2.62", "02:77:03:00:00:02"
@@ -120,7 +121,7 @@ class Qemu:
         kernel = f"quiet nokaslr mitigations=off panic=-1 bench_address={ADDRESS} -- {options}"
         incoming = ["-incoming", f"tcp:0.0.0.0:{STREAM_PORT}"] if host == DESTINATION else []
         words = [
-            *emulator.command(), "-machine", "pc", "-accel", "tcg", "-cpu", "Nehalem", "-nodefaults",
+            *foreign.qemu(), "-machine", "pc", "-accel", "tcg", "-cpu", "Nehalem", "-nodefaults",
             "-m", str(workload.memory_mib + GUEST_MIB), "-display", "none",
             "-kernel", str(emulator.kernel()), "-initrd", str(bench.programs.workload.parent / "guest.cpio"),
             "-append", kernel, "-netdev", f"tap,id=net,ifname={TAP},script=no,downscript=no",
