@@ -1,4 +1,4 @@
-"""What every test run shares: `--no-root-skips`, with which a skipped test that needs root is a failure."""
+"""What every test run shares: `--no-root-skips`, with which a skipped test that needs root is a failure, and `--vm`."""
 
 from collections.abc import Generator
 
@@ -10,6 +10,13 @@ KERNEL_LACKS = "this kernel"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-root-skips", action="store_true", help="fail tests marked root that skip, as CI must")
+    parser.addoption("--vm", action="store_true", help="run the tests on virtual machines, and no others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if bool(item.get_closest_marker("vm")) != config.getoption("--vm")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

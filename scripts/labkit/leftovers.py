@@ -1,4 +1,7 @@
-"""What containers and migrations consist of, seen from outside the host: to show that nothing of them is left."""
+"""What containers and migrations consist of, seen from outside the host: to show that nothing of them is left.
+
+As a program, on a machine where systemd runs the agent, it prints the same of that machine as JSON.
+"""
 
 import json
 import os
@@ -18,6 +21,10 @@ Leftovers = dict[str, list[str]]
 def present(host: str) -> Leftovers:
     """Everything of a kind that containers and migrations consist of, on one host."""
     init = int((STATE / host / "init.pid").read_text())
+    return _seen(init, f"migrator-{host}", _processes(init))
+
+
+def _seen(init: int, group: str, processes: list[str]) -> Leftovers:
     root = Path(f"/proc/{init}/root")
     return {
         "loop devices": _loops(root / "var/lib/migrator"),
@@ -25,15 +32,20 @@ def present(host: str) -> Leftovers:
         "network namespaces": _names(root / "run/netns"),
         "links": _links(init),
         "nftables tables": _tables(init),
-        "cgroups": _cgroups(host),
-        "processes": _processes(init),
+        "cgroups": _cgroups(group),
+        "processes": processes,
         "files": _files(root),
     }
 
 
 def beyond(before: Leftovers, host: str) -> Leftovers:
     """What is on the host and was not there before, by kind; empty when there is nothing."""
-    new = {kind: sorted(set(found) - set(before[kind])) for kind, found in present(host).items()}
+    return difference(before, present(host))
+
+
+def difference(before: Leftovers, after: Leftovers) -> Leftovers:
+    """What is new, by kind."""
+    new = {kind: sorted(set(found) - set(before[kind])) for kind, found in after.items()}
     return {kind: found for kind, found in new.items() if found}
 
 
@@ -85,9 +97,9 @@ def _tables(init: int) -> list[str]:
     return _inside(init, "nft", "list", "tables").splitlines()
 
 
-def _cgroups(host: str) -> list[str]:
+def _cgroups(name: str) -> list[str]:
     found = []
-    for group in (*CGROUPS.glob(f"migrator-{host}"), *CGROUPS.glob(f"*/migrator-{host}")):
+    for group in (*CGROUPS.glob(name), *CGROUPS.glob(f"*/{name}")):
         # The one for all conmons stays; what is still in it is among the processes.
         groups = [path for path in group.rglob("*") if path.is_dir() and path.name != "_conmon"]
         found += [str(path.relative_to(CGROUPS)) for path in groups]
@@ -120,3 +132,30 @@ def _files(root: Path) -> list[str]:
         if folder.is_dir():
             found += [f"/{path.relative_to(root)}" for path in folder.iterdir()]
     return found
+
+
+def _processes_of_service() -> list[str]:
+    """What the agent's service has started, in its control group or in a container's, but the agent."""
+    show = ["systemctl", "show", "--property=MainPID", "--value", "migrator-agent"]
+    agent = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+    found = []
+    for group in CGROUPS.rglob("cgroup.procs"):
+        parts = group.parent.relative_to(CGROUPS).parts
+        if parts[:1] == ("migrator",) or "migrator-agent.service" in parts:
+            try:
+                pids = group.read_text().split()
+            except OSError:
+                continue  # removed meanwhile
+            found += [f"{pid} {_command(pid)}" for pid in pids if pid != agent]
+    return found
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()[:200].replace(b"\0", b" ").decode(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "[gone]"
+
+
+if __name__ == "__main__":
+    print(json.dumps(_seen(1, "migrator", _processes_of_service())))

@@ -28,6 +28,9 @@ Done = subprocess.CompletedProcess[str]
 class Lab:
     """Two hosts that are up. Host names are host-a and host-b."""
 
+    script: str = SCRIPT
+    # Hosts that are emulated are slower in everything.
+    slower: float = 1.0
     baseline: dict[str, Leftovers] = field(default_factory=dict)
     _images: set[tuple[str, str]] = field(default_factory=set)
 
@@ -35,11 +38,11 @@ class Lab:
 
     def run(self, host: str, *command: str, stdin: str | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Done:
         """A command inside a host, whatever its exit code."""
-        return _run([SCRIPT, "run", host, "--", *command], stdin, timeout_s)
+        return _run([self.script, "run", host, "--", *command], stdin, timeout_s * self.slower)
 
     def client(self, *command: str, stdin: str | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Done:
         """A command on the outside machine, whatever its exit code."""
-        return _run([SCRIPT, "client", "--", *command], stdin, timeout_s)
+        return _run([self.script, "client", "--", *command], stdin, timeout_s * self.slower)
 
     def ok(self, host: str, *command: str, stdin: str | None = None) -> str:
         """What a command inside a host writes to standard output; it must exit with 0."""
@@ -57,7 +60,7 @@ class Lab:
         """As subprocess.Popen with text pipes; host "client" is the outside machine. The caller ends it."""
         where = ["client"] if host == "client" else ["run", host]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen([SCRIPT, *where, "--", *command], text=True, **(pipes | options))
+        return subprocess.Popen([self.script, *where, "--", *command], text=True, **(pipes | options))
 
     @contextmanager
     def background(self, host: str, *command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
@@ -79,12 +82,13 @@ class Lab:
 
     def lab(self, *arguments: str) -> None:
         """scripts/lab with these arguments, such as kill HOST; it must exit with 0."""
-        done = _run([SCRIPT, *arguments], None, COMMAND_TIMEOUT_S)
-        assert done.returncode == 0, f"scripts/lab {' '.join(arguments)}: {done.stderr}"
+        done = _run([self.script, *arguments], None, COMMAND_TIMEOUT_S * self.slower)
+        assert done.returncode == 0, f"{self.script} {' '.join(arguments)}: {done.stderr}"
 
     def status(self) -> list[dict[str, Any]]:
         """The hosts as `scripts/lab status -o json` shows them."""
-        hosts: list[dict[str, Any]] = json.loads(_run([SCRIPT, "status", "-o", "json"], None, 30.0).stdout)["hosts"]
+        told = _run([self.script, "status", "-o", "json"], None, 30.0 * self.slower)
+        hosts: list[dict[str, Any]] = json.loads(told.stdout)["hosts"]
         return hosts
 
     # -- containers -------------------------------------------------------------------------------------------------
@@ -129,10 +133,11 @@ class Lab:
         """A client counts on one connection to a Redis during the block; afterwards the dictionary is its report."""
         report: dict[str, Any] = {}
         with self.background("client", *CLIENT, "count", address, "6379") as process:
+            within_s *= self.slower
             eventually("the client counts", lambda: self.redis(address, "get", "counter") != "", within_s)
             yield report
             process.terminate()
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=60 * self.slower)
             assert process.returncode == 0, err
             report |= json.loads(out)
 
@@ -145,7 +150,8 @@ class Lab:
         self.image(host, "redis", "redis-server")
         server = ["redis-server", "--bind", *bind.split(), "--protected-mode", "no", "--enable-debug-command", "yes"]
         self.start(host, name, "redis", "--ip", f"{address}/16", *options, command=server)
-        eventually("redis answers", lambda: "PONG" in self.client("redis-cli", "-h", address, "ping").stdout)
+        ping = ("redis-cli", "-h", address, "ping")
+        eventually("redis answers", lambda: "PONG" in self.client(*ping).stdout, 15 * self.slower)
 
     def ps(self, host: str) -> dict[str, dict[str, Any]]:
         """`migrator ps -o json`, by container."""
@@ -185,7 +191,7 @@ class Lab:
 
     def clean(self, host: str, within_s: float = 10.0) -> Leftovers:
         """`leftovers` once they have gone, or after `within_s` what has not: the finish phase is allowed its time."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + within_s * self.slower
         while (found := self.leftovers(host)) and time.monotonic() < deadline:
             time.sleep(0.1)
         return found

@@ -1,0 +1,1 @@
+"""The lab of virtual machines: hosts with kernels of their own. Standard library alone, as labkit."""
