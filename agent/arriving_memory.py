@@ -46,7 +46,7 @@ class ArrivingMemory:
         self._launched = launch.launch(self._places)
         process = Process.find(self._launched.pid)
         if process is None:
-            raise ExecutionError(f"the memory fill ended at once; {self._places.work / launch.LOG} says why")
+            raise ExecutionError("the memory fill ended at once")
         process.note(self._process)
 
     def prepare(self) -> None:

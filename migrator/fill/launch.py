@@ -12,7 +12,7 @@ from migrator.fill.status import State, Status
 LOG = "fill.log"
 
 
-def launch(places: Places, timeout_s: float = 10.0) -> "subprocess.Popen[bytes]":
+def launch(places: Places, timeout_s: float = 30.0) -> "subprocess.Popen[bytes]":
     """Start the fill and return it once `criu restore --lazy-pages` may start with the same work directory.
 
     It is in a session of its own and outlives this process. It takes about 0.2 s: before the freeze. The images need
@@ -33,9 +33,13 @@ def launch(places: Places, timeout_s: float = 10.0) -> "subprocess.Popen[bytes]"
         os.close(log)
     deadline = time.monotonic() + timeout_s
     while Status.read(places.status).state == State.STARTING:
-        if process.poll() is not None or time.monotonic() > deadline:
+        ended = process.poll() is not None
+        if ended or time.monotonic() > deadline:
             process.kill()
             process.wait()
-            raise ExecutionError(f"the memory fill did not start; {places.work / LOG} says why")
+            # The log goes when the arrival is undone.
+            said = " / ".join((places.work / LOG).read_text(errors="replace").splitlines()[-3:])
+            why = f"it ended with code {process.returncode}" if ended else f"it was not ready within {timeout_s:g} s"
+            raise ExecutionError(f"the memory fill did not start: {why}{said and f'; it said: {said}'}")
         time.sleep(0.002)
     return process
