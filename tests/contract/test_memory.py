@@ -16,6 +16,8 @@ from migrator.memory import METHODS, MemoryTracker, Moment, make, probe
 
 pytestmark = pytest.mark.root
 
+STORM_ROUNDS = 15
+
 Line = tuple[str, int, int, int, int]
 
 
@@ -24,6 +26,13 @@ def child_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     return compiled(tmp_path_factory.mktemp("child"), "memory_child.c")
+
+
+@pytest.fixture(scope="session")
+def storm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    return compiled(tmp_path_factory.mktemp("storm"), "memory_storm.c", "-pthread")
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +135,22 @@ def test_what_was_compared_ahead_is_told_later(follow: Callable[[], Followed]) -
         time.sleep(0.05)
         followed.end()
         followed.child.say("w 0 0 0 0")
+
+
+def test_no_system_call_and_no_signal_is_disturbed(method: str, storm_program: Path) -> None:
+    """It is followed from the start again and again, each time with system calls injected; it checks its own."""
+    with closing(Process(storm_program, "fork")) as storm:
+        assert storm.answer() == "ready\n"
+        rounds = [0]
+        for _ in range(STORM_ROUNDS):
+            with closing(make(storm.pids, method)) as tracker:
+                tracker.start()
+                for _ in range(3):
+                    if tracker.needs_pause:
+                        storm.freeze()
+                    tracker.collect(Moment.PAUSED if tracker.needs_pause else Moment.RUNNING)
+                    if tracker.needs_pause:
+                        storm.thaw()
+            rounds.append(int(storm.say("on")))
+        assert rounds == sorted(rounds)
+        assert rounds[-1] > rounds[1]
