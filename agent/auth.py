@@ -48,6 +48,8 @@ ROLES: dict[str, frozenset[Role]] = {
     "/migrator.v1.MigrationService/ListMigrations": _READER,
     "/migrator.v1.MigrationService/CancelMigration": _OPERATOR,
     "/migrator.v1.MigrationService/WatchMigration": _READER,
+    "/migrator.v1.MigrationService/GetHandover": _READER,
+    "/migrator.v1.MigrationService/ResolveHandover": _OPERATOR,
     "/migrator.v1.SnapshotService/CreateSnapshot": _OPERATOR,
     "/migrator.v1.SnapshotService/ListSnapshots": _READER,
     "/migrator.v1.SnapshotService/RollbackSnapshot": _OPERATOR,
@@ -61,6 +63,7 @@ ROLES: dict[str, frozenset[Role]] = {
     "/migrator.v1.PeerService/Restore": _PEER,
     "/migrator.v1.PeerService/Decide": _PEER,
     "/migrator.v1.PeerService/GetDecision": _PEER,
+    "/migrator.v1.PeerService/GetArrival": _PEER,
     "/grpc.health.v1.Health/Check": _ANYONE,
     "/grpc.health.v1.Health/List": _ANYONE,
     "/grpc.health.v1.Health/Watch": _ANYONE,
@@ -73,6 +76,7 @@ READING = frozenset(method for method, roles in ROLES.items() if roles & {Role.V
     "/migrator.v1.VolumeService/CheckVolume",
     "/migrator.v1.PeerService/Examine",
     "/migrator.v1.PeerService/GetDecision",
+    "/migrator.v1.PeerService/GetArrival",
 }
 
 

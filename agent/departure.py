@@ -392,8 +392,10 @@ def _resume(record: Record, folder: Path, runtime: Runtime, networks: Networks) 
         steps.callback(cgroup.limit_cpu, record.spec.cpu_millis)
         if record.state is not State.PAUSED:
             steps.callback(cgroup.thaw)
-        steps.callback(networks.announce, record.name, links)
-        steps.callback(networks.connect, record.name, links)
+        # After a reboot, say, there is nothing to connect.
+        if Process(record.init_pid, record.init_ticks).is_alive():
+            steps.callback(networks.announce, record.name, links)
+            steps.callback(networks.connect, record.name, links)
         steps.callback(_await_criu, folder)
         # Before CRIU: it takes away the links that it has made, and waits for ever in a frozen file system.
         for at in (paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(record.spec.volumes)))):

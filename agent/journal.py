@@ -1,13 +1,14 @@
 """The records of the handover in the agent's database, both ends."""
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from sqlite3 import Cursor, Row
 
 from agent.database import Database
 from migrator import handover
 from migrator.errors import NotFound
-from migrator.handover import Decision, HandoverError, Incoming, Outgoing, Stage
+from migrator.handover import Decision, HandoverError, Incoming, Keep, Outgoing, Stage
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS epochs (
@@ -30,8 +31,29 @@ CREATE TABLE IF NOT EXISTS incoming (
     epoch INTEGER NOT NULL,
     stage TEXT NOT NULL,
     finished INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS words (
+    migration TEXT PRIMARY KEY,
+    since_time_ms INTEGER NOT NULL,
+    heard_time_ms INTEGER NOT NULL,
+    said TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS resolved (
+    migration TEXT PRIMARY KEY,
+    time_ms INTEGER NOT NULL
 ) STRICT
 """
+_OUTGOING = "SELECT outgoing.*, resolved.time_ms AS resolved FROM outgoing LEFT JOIN resolved USING (migration)"
+_INCOMING = "SELECT incoming.*, resolved.time_ms AS resolved FROM incoming LEFT JOIN resolved USING (migration)"
+
+
+@dataclass(frozen=True)
+class Word:
+    """What the other end has said last, for people, and since when this end waits for its word. Unix times."""
+
+    since_time_ms: int
+    heard_time_ms: int
+    said: str
 
 
 class Outgoings:
@@ -52,15 +74,15 @@ class Outgoings:
         return record
 
     def get(self, migration: str) -> Outgoing | None:
-        rows = self._database.rows("SELECT * FROM outgoing WHERE migration = ?", migration)
+        rows = self._database.rows(f"{_OUTGOING} WHERE migration = ?", migration)
         return _outgoing(rows[0]) if rows else None
 
     def unfinished(self) -> list[Outgoing]:
         """Records that a restarted agent has to finish."""
-        return [_outgoing(row) for row in self._database.rows("SELECT * FROM outgoing WHERE NOT finished")]
+        return [_outgoing(row) for row in self._database.rows(f"{_OUTGOING} WHERE NOT finished")]
 
     def release(self, migration: str) -> Outgoing:
-        return self._step(migration, handover.release)
+        return self._step(migration, handover.release, said="it is ready")
 
     def abort(self, migration: str) -> Outgoing:
         return self._step(migration, handover.abort)
@@ -68,19 +90,33 @@ class Outgoings:
     def hear(self, migration: str, answer: Stage) -> Outgoing:
         return self._step(migration, lambda record: handover.hear(record, answer))
 
+    def resolve(self, migration: str, keep: Keep) -> Outgoing:
+        """`handover.resolve_outgoing`, durable on return."""
+        return self._step(migration, lambda record: handover.resolve_outgoing(record, keep))
+
     def finish(self, migration: str) -> None:
         self._step(migration, lambda record: replace(record, finished=True))
 
-    def _step(self, migration: str, step: Callable[[Outgoing], Outgoing]) -> Outgoing:
+    def heard(self, migration: str, said: str) -> None:
         with self._database.transaction() as cursor:
-            row = cursor.execute("SELECT * FROM outgoing WHERE migration = ?", (migration,)).fetchone()
+            _note(cursor, migration, said)
+
+    def word(self, migration: str) -> Word | None:
+        """What the destination has said last, once `released` is written."""
+        return _word(self._database, migration)
+
+    def _step(self, migration: str, step: Callable[[Outgoing], Outgoing], said: str = "") -> Outgoing:
+        with self._database.transaction() as cursor:
+            row = cursor.execute(f"{_OUTGOING} WHERE migration = ?", (migration,)).fetchone()
             if row is None:
                 raise NotFound(f"no record of migration {migration} here", reason="MIGRATION_NOT_FOUND")
-            record = step(_outgoing(row))
+            before = _outgoing(row)
+            record = step(before)
             cursor.execute(
                 "UPDATE outgoing SET decision = ?, answer = ?, finished = ? WHERE migration = ?",
                 (record.decision, record.answer, int(record.finished), migration),
             )
+            _note_step(cursor, migration, record, was_operators=before.by_operator, said=said)
         return record
 
 
@@ -109,15 +145,15 @@ class Incomings:
         return record
 
     def get(self, migration: str) -> Incoming | None:
-        rows = self._database.rows("SELECT * FROM incoming WHERE migration = ?", migration)
+        rows = self._database.rows(f"{_INCOMING} WHERE migration = ?", migration)
         return _incoming(rows[0]) if rows else None
 
     def unfinished(self) -> list[Incoming]:
         """Records that a restarted agent has to finish."""
-        return [_incoming(row) for row in self._database.rows("SELECT * FROM incoming WHERE NOT finished")]
+        return [_incoming(row) for row in self._database.rows(f"{_INCOMING} WHERE NOT finished")]
 
     def make_ready(self, migration: str) -> Incoming:
-        return self._step(migration, handover.make_ready)
+        return self._step(migration, handover.make_ready, said="restore it and hold it")
 
     def own(self, migration: str) -> Incoming:
         return self._step(migration, handover.own)
@@ -125,20 +161,61 @@ class Incomings:
     def refuse(self, migration: str) -> Incoming:
         return self._step(migration, handover.refuse)
 
+    def resolve(self, migration: str, keep: Keep) -> Incoming:
+        return self._step(migration, lambda record: handover.resolve_incoming(record, keep))
+
     def finish(self, migration: str) -> None:
         self._step(migration, lambda record: replace(record, finished=True))
 
-    def _step(self, migration: str, step: Callable[[Incoming], Incoming]) -> Incoming:
+    def heard(self, migration: str, said: str) -> None:
         with self._database.transaction() as cursor:
-            row = cursor.execute("SELECT * FROM incoming WHERE migration = ?", (migration,)).fetchone()
+            _note(cursor, migration, said)
+
+    def word(self, migration: str) -> Word | None:
+        """What the source has said last, once `ready` is written."""
+        return _word(self._database, migration)
+
+    def _step(self, migration: str, step: Callable[[Incoming], Incoming], said: str = "") -> Incoming:
+        with self._database.transaction() as cursor:
+            row = cursor.execute(f"{_INCOMING} WHERE migration = ?", (migration,)).fetchone()
             if row is None:
                 raise NotFound(f"no record of migration {migration} here", reason="MIGRATION_NOT_FOUND")
-            record = step(_incoming(row))
+            before = _incoming(row)
+            record = step(before)
             cursor.execute(
                 "UPDATE incoming SET stage = ?, finished = ? WHERE migration = ?",
                 (record.stage, int(record.finished), migration),
             )
+            _note_step(cursor, migration, record, was_operators=before.by_operator, said=said)
         return record
+
+
+def _note_step(cursor: Cursor, migration: str, record: Outgoing | Incoming, *, was_operators: bool, said: str) -> None:
+    if said:
+        _note(cursor, migration, said)
+    if record.by_operator and not was_operators:
+        cursor.execute("INSERT OR REPLACE INTO resolved VALUES (?, ?)", (migration, _now_ms()))
+    elif was_operators and not record.by_operator:
+        cursor.execute("DELETE FROM resolved WHERE migration = ?", (migration,))
+    if record.finished:
+        cursor.execute("DELETE FROM words WHERE migration = ?", (migration,))
+
+
+def _note(cursor: Cursor, migration: str, said: str) -> None:
+    cursor.execute(
+        "INSERT INTO words VALUES (:migration, :now, :now, :said)"
+        " ON CONFLICT DO UPDATE SET heard_time_ms = :now, said = :said",
+        {"migration": migration, "now": _now_ms(), "said": said},
+    )
+
+
+def _word(database: Database, migration: str) -> Word | None:
+    rows = database.rows("SELECT since_time_ms, heard_time_ms, said FROM words WHERE migration = ?", migration)
+    return Word(*rows[0]) if rows else None
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _epoch(cursor: Cursor, container: str) -> int:
@@ -147,14 +224,25 @@ def _epoch(cursor: Cursor, container: str) -> int:
 
 
 def _outgoing(row: Row) -> Outgoing:
-    answer = Stage(row["answer"]) if row["answer"] else None
-    decision = Decision(row["decision"])
     return Outgoing(
-        row["migration"], row["container"], row["destination"], row["epoch"], decision, answer, bool(row["finished"])
+        row["migration"],
+        row["container"],
+        row["destination"],
+        row["epoch"],
+        Decision(row["decision"]),
+        Stage(row["answer"]) if row["answer"] else None,
+        bool(row["finished"]),
+        row["resolved"] is not None,
     )
 
 
 def _incoming(row: Row) -> Incoming:
     return Incoming(
-        row["migration"], row["container"], row["source"], row["epoch"], Stage(row["stage"]), bool(row["finished"])
+        row["migration"],
+        row["container"],
+        row["source"],
+        row["epoch"],
+        Stage(row["stage"]),
+        bool(row["finished"]),
+        row["resolved"] is not None,
     )

@@ -153,7 +153,7 @@ class Migrations:
             Decision.UNDECIDED: peer_pb2.DECISION_UNSPECIFIED,
             Decision.RELEASED: peer_pb2.DECISION_RELEASED,
             Decision.ABORTED: peer_pb2.DECISION_ABORTED,
-        }[record.decision]
+        }[record.word]
 
     def claim(self) -> None:
         """Before the containers are reconciled: hold those whose migration is not finished. Their ends mean nothing."""

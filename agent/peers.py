@@ -13,7 +13,7 @@ import structlog
 from agent.config import Config
 from migrator import channel, status
 from migrator.errors import NotFound, Unreachable
-from migrator.handover import Incoming
+from migrator.handover import Incoming, Outgoing
 from migrator.network import Neighbour
 from migrator.numbered import Outbound
 from migrator.v1 import peer_pb2, peer_pb2_grpc
@@ -155,6 +155,12 @@ class RemotePeer:
         answer: peer_pb2.RestoreResponse = self._wait(self._urgent.Restore.future(request, timeout=SLOW_S))
         return answer.steps
 
+    def stage(self, migration: str, epoch: int) -> peer_pb2.ArrivalStage:
+        request = peer_pb2.GetArrivalRequest(migration=migration, epoch=epoch)
+        with self._errors():
+            answer: peer_pb2.GetArrivalResponse = self._urgent.GetArrival(request, timeout=QUICK_S)
+        return answer.stage
+
     def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse:
         request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
         with self._errors():
@@ -187,6 +193,12 @@ class RemotePeer:
             raise status.from_rpc(error, self.host) from error
         except grpc.FutureCancelledError as error:
             raise Unreachable(f"the agent of {self.host} broke the call off: is it stopping?") from error
+
+
+def ask_destination(config: Config, record: Outgoing) -> peer_pb2.ArrivalStage:
+    """How far the destination is. Raises Unreachable if it does not answer."""
+    with RemotePeer(config, record.destination) as peer:
+        return peer.stage(record.migration, record.epoch)
 
 
 def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:

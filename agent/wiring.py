@@ -24,13 +24,14 @@ from agent.assignment import Assignment, Publisher
 from agent.config import Config
 from agent.containers import Containers
 from agent.database import Database
+from agent.handovers import Handovers
 from agent.hosts import Hosts
 from agent.images import Images
 from agent.journal import Incomings
 from agent.managers import Managers
 from agent.migrations import Migrations
 from agent.network import Networks
-from agent.peers import ask_source
+from agent.peers import ask_destination, ask_source
 from agent.periodic import Periodic
 from agent.room import RoomGuard
 from agent.runtime import Runtime, environment, find_program
@@ -48,7 +49,7 @@ from agent.volumes import Volumes
 from blockdev import pool
 from blockdev.volume import VolumeStore
 from migrator import pageless
-from migrator.destination import Arrivals
+from migrator.arrivals import Arrivals
 from migrator.errors import MigratorError
 from migrator.pageless import Pageless
 from migrator.source import Here
@@ -121,7 +122,15 @@ class Agent:
         host = HostService(self.hosts, config)
         snapshot = SnapshotService(self.snapshots)
         volume = VolumeService(self.volumes, self.checks)
-        migration = MigrationService(self.migrations)
+        handovers = Handovers(
+            config.host,
+            managers.database,
+            self.arrivals,
+            managers.containers.record,
+            lambda record: ask_destination(config, record),
+            lambda record: ask_source(config, record),
+        )
+        migration = MigrationService(self.migrations, handovers)
         peer = PeerService(self.arrival_host, self.arrivals, self.migrations)
         return [
             Service(

@@ -20,13 +20,13 @@ import structlog
 from blockdev import blocks
 from blockdev.errors import BlockError
 from migrator import faults, verify
-from migrator.errors import Busy, ExecutionError, MigratorError, NotFound, PeerError
+from migrator.errors import ExecutionError, MigratorError, PeerError
 from migrator.files import write_file
-from migrator.handover import HandoverError, Incoming, IncomingJournal, Stage
+from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
 from migrator.memory_copy import ADDRESS_END
 from migrator.network import Neighbour
 from migrator.numbered import Inbound
-from migrator.ports import ArrivalHost, Reservation
+from migrator.ports import Reservation
 from migrator.shm import targets
 from migrator.stream import Digests, Receiver
 from migrator.v1 import container_pb2, peer_pb2
@@ -201,6 +201,16 @@ class Arrival:
         if self._silence_s() > SILENCE_S:
             self._ask(ask)
 
+    def resolve(self, keep: Keep) -> None:
+        """An operator's word for that of a source that is gone for good. What fails then is tried again by `tend`."""
+        with self._lock:
+            self.record = self._journal.resolve(self.record.migration, keep)
+            log.warning("resolved by an operator", migration=self.record.migration, keep=keep)
+            try:
+                self._go_on()
+            except FAILURES as error:
+                log.error("after the resolution", migration=self.record.migration, reason=str(error))
+
     def _ask(self, ask: AskSource) -> None:
         try:
             decision = ask(self.record)
@@ -212,6 +222,7 @@ class Arrival:
             return
         if decision == peer_pb2.DECISION_UNSPECIFIED:
             self.heard_at = time.monotonic()
+            self._journal.heard(self.record.migration, "it has not decided yet")
         else:
             self.decide(decision)
 
@@ -224,8 +235,9 @@ class Arrival:
             stage = self.record.stage
             if stage in (Stage.OWNER, Stage.REFUSED):
                 self._go_on()
-            elif stage is Stage.PREPARED or (self._live and not self._reservation.is_held()):
+            elif stage is Stage.PREPARED:
                 self._refuse("the agent was restarted")
+            # `ready` stays, also where the restored tasks are lost: the disk may be the last one. The source is asked.
 
     def _go_on(self) -> None:
         """What the record says is decided, and may have been done in part."""
@@ -347,102 +359,6 @@ class Arrival:
                 self._stack.callback(os.close, descriptor)
                 self._memory[pid] = descriptor
             return self._memory[pid]
-
-
-class Arrivals:
-    """All containers on their way to this host; a source may touch only those that it sends."""
-
-    def __init__(self, host: ArrivalHost, journal: IncomingJournal) -> None:
-        self._host = host
-        self._journal = journal
-        self._arrivals: dict[str, Arrival] = {}
-        # Migration to container, until there is an arrival.
-        self._preparing: dict[str, str] = {}
-        self._lock = threading.Lock()
-
-    def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
-        """Reserve everything; nothing is left if that fails."""
-        with self._lock:
-            others = [arrival.record.container for arrival in self._arrivals.values() if not arrival.is_over]
-            if request.container in (*others, *self._preparing.values()):
-                raise Busy(f"another migration brings {request.container} to this host: try again when that is done")
-            self._preparing[request.migration] = request.container
-        try:
-            record = self._journal.begin(request.migration, request.container, source, request.epoch)
-            try:
-                reservation = self._host.reserve(request)
-            except BaseException:
-                self._journal.refuse(record.migration)
-                self._journal.finish(record.migration)
-                raise
-            arrival = Arrival(record, reservation, self._journal, is_live(request.state))
-            with self._lock:
-                self._arrivals[record.migration] = arrival
-        finally:
-            with self._lock:
-                del self._preparing[request.migration]
-        arrival.prepare()
-        return peer_pb2.PrepareResponse(has_base=reservation.has_base)
-
-    def get(self, source: str, migration: str, epoch: int) -> Arrival:
-        """The arrival that a message is about. Raises NotFound also for one that is another source's."""
-        with self._lock:
-            arrival = self._arrivals.get(migration)
-        if arrival is None or arrival.record.source != source or arrival.record.epoch != epoch:
-            raise NotFound(
-                f"no migration {migration} with epoch {epoch} from {source} here", reason="MIGRATION_NOT_FOUND"
-            )
-        return arrival
-
-    def decide(self, source: str, request: peer_pb2.DecideRequest) -> peer_pb2.DecideResponse:
-        """As `Arrival.decide`, also about one that is over: then the record answers."""
-        try:
-            return self.get(source, request.migration, request.epoch).decide(request.decision)
-        except NotFound:
-            record = self._journal.get(request.migration)
-            if record is None or record.source != source or record.epoch != request.epoch:
-                raise
-            if record.stage in (Stage.PREPARED, Stage.READY):
-                # Still being reserved, or not recovered yet: it does not go on.
-                record = self._journal.refuse(record.migration)
-            owner = record.stage is Stage.OWNER
-            if owner and request.decision == peer_pb2.DECISION_ABORTED:
-                raise HandoverError(f"migration {request.migration} is committed here") from None
-            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
-
-    def recover(self) -> None:
-        """Carry on what a former life of the agent had begun; what fails is tried again by `tend`."""
-        for record in self._journal.unfinished():
-            with self._lock:
-                if record.migration in self._arrivals or record.migration in self._preparing:
-                    continue
-            try:
-                reservation, state = self._host.reserved(record.migration, record.container)
-                arrival = Arrival(record, reservation, self._journal, is_live(state))
-                with self._lock:
-                    self._arrivals[record.migration] = arrival
-                arrival.recover()
-            except FAILURES as error:
-                log.error("recovering an arrival", migration=record.migration, stage=record.stage, reason=str(error))
-
-    def tend(self, ask: AskSource) -> None:
-        """Look after all of them; to be called every second or so."""
-        self.recover()
-        with self._lock:
-            arrivals = list(self._arrivals.values())
-        for arrival in arrivals:
-            try:
-                arrival.tend(ask)
-            except FAILURES as error:
-                log.error("tending an arrival", migration=arrival.record.migration, reason=str(error))
-            if arrival.is_over:
-                with self._lock:
-                    self._arrivals.pop(arrival.record.migration, None)
-
-    def count(self) -> int:
-        """How many are on their way."""
-        with self._lock:
-            return sum(not arrival.is_over for arrival in self._arrivals.values())
 
 
 def is_live(state: "container_pb2.ContainerState") -> bool:

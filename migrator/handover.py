@@ -10,6 +10,9 @@ only way from one record to the next; they know nothing of disks, networks or pr
 
 No record leads from released to a running source except through refused, and none from prepared or ready to a running
 destination except through owner. So two copies never run, and one that can always exists.
+
+Where the other host is gone for good, an operator's word (`resolve_outgoing`, `resolve_incoming`) takes the place of
+what it would have said. Then both are true only as far as the operator is right.
 """
 
 from dataclasses import dataclass, replace
@@ -42,9 +45,17 @@ class Stage(StrEnum):
     REFUSED = "refused"
 
 
+class Keep(StrEnum):
+    """Which copy an operator keeps, as seen from the host that is asked."""
+
+    HERE = "here"
+    THERE = "there"
+
+
 @dataclass(frozen=True)
 class Outgoing:
-    """The source's record of one migration. `answer` is what the destination has said to `released`."""
+    """The source's record of one migration. `answer` is what the destination has said to `released`, or, `by_operator`,
+    what an operator has said for it."""
 
     migration: str
     container: str
@@ -53,6 +64,17 @@ class Outgoing:
     decision: Decision = Decision.UNDECIDED
     answer: Stage | None = None
     finished: bool = False
+    by_operator: bool = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether only the destination's word leads on from here."""
+        return self.decision is Decision.RELEASED and self.answer is None and not self.finished
+
+    @property
+    def word(self) -> Decision:
+        """What a destination is told that asks: never that it may run what runs here."""
+        return Decision.ABORTED if self.answer is Stage.REFUSED else self.decision
 
     @property
     def may_thaw(self) -> bool:
@@ -75,6 +97,12 @@ class Incoming:
     epoch: int
     stage: Stage = Stage.PREPARED
     finished: bool = False
+    by_operator: bool = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether only the source's word leads on from here."""
+        return self.stage is Stage.READY and not self.finished
 
     @property
     def may_run(self) -> bool:
@@ -106,9 +134,17 @@ def hear(record: Outgoing, answer: Stage) -> Outgoing:
         raise HandoverError(
             f"{record.destination} claims {record.container}, which migration {record.migration} never released"
         )
-    if record.answer not in (None, answer):
+    # An operator's word counts until the destination's own: nothing was thawed or destroyed for it yet.
+    if record.answer not in (None, answer) and (not record.by_operator or record.finished):
         raise HandoverError(f"{record.destination} said {record.answer} and now says {answer}")
-    return replace(record, answer=answer)
+    return replace(record, answer=answer, by_operator=record.by_operator and record.answer is answer)
+
+
+def resolve_outgoing(record: Outgoing, keep: Keep) -> Outgoing:
+    """The destination is gone for good, and an operator says which copy counts: as if it had said so itself."""
+    if not record.is_waiting:
+        raise HandoverError(f"migration {record.migration} does not wait for {record.destination}")
+    return replace(record, answer=Stage.REFUSED if keep is Keep.HERE else Stage.OWNER, by_operator=True)
 
 
 def make_ready(record: Incoming) -> Incoming:
@@ -132,6 +168,13 @@ def refuse(record: Incoming) -> Incoming:
     return replace(record, stage=Stage.REFUSED)
 
 
+def resolve_incoming(record: Incoming, keep: Keep) -> Incoming:
+    """The source is gone for good, and an operator says which copy counts: as if it had said so itself."""
+    if not record.is_waiting:
+        raise HandoverError(f"migration {record.migration} does not wait for {record.source}")
+    return replace(record, stage=Stage.OWNER if keep is Keep.HERE else Stage.REFUSED, by_operator=True)
+
+
 class OutgoingJournal(Protocol):
     """Durable records of the source: `update` applies one of the functions above in a transaction of its own."""
 
@@ -149,6 +192,9 @@ class OutgoingJournal(Protocol):
 
     def hear(self, migration: str, answer: Stage) -> Outgoing:
         """`hear`, durable on return."""
+
+    def heard(self, migration: str, said: str) -> None:
+        """The destination has just said this; noted for people."""
 
     def finish(self, migration: str) -> None:
         """Nothing is left to do for it."""
@@ -174,6 +220,12 @@ class IncomingJournal(Protocol):
 
     def refuse(self, migration: str) -> Incoming:
         """`refuse`, durable on return."""
+
+    def resolve(self, migration: str, keep: Keep) -> Incoming:
+        """`resolve_incoming`, durable on return."""
+
+    def heard(self, migration: str, said: str) -> None:
+        """The source has just said this; noted for people."""
 
     def finish(self, migration: str) -> None:
         """Nothing is left to do for it."""

@@ -223,4 +223,7 @@ class Peer(Protocol):
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]: ...
 
+    def stage(self, migration: str, epoch: int) -> peer_pb2.ArrivalStage:
+        """How far it is; changes nothing there."""
+
     def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse: ...

@@ -4,15 +4,29 @@ The record alone says what is to be done. Nothing here depends on what the agent
 be repeated, so the caller tries until it has worked.
 """
 
+import time
+
 import structlog
 
-from migrator.errors import MigratorError, RolledBack, Uncertain
-from migrator.handover import Decision, Outgoing, OutgoingJournal, Stage
+from migrator import answers
+from migrator.destination import is_live
+from migrator.errors import MigratorError, RolledBack, Unreachable
+from migrator.handover import Decision, HandoverError, Outgoing, OutgoingJournal, Stage
 from migrator.ports import LeavingContainer, Peer
 from migrator.progress import Progress
 from migrator.v1 import migration_pb2, peer_pb2
 
+# After a reboot the network may not be there yet; then the copy on the disk here is started.
+LOST_PATIENCE_S = 10.0
+RETRY_S = 0.5
+
 log = structlog.get_logger()
+
+
+class DestinationRefused(RolledBack):
+    """The answer to `released` was `refused`: the container runs at the source again."""
+
+    reason = "DESTINATION_REFUSED"
 
 
 def carry_on(
@@ -32,9 +46,9 @@ def carry_on(
     if record is None or record.finished:
         return
     if record.decision is Decision.UNDECIDED:
-        record = journal.abort(migration)
+        record = _decide(record, container, peer, journal)
     if record.decision is Decision.RELEASED and record.answer is None:
-        record = journal.hear(migration, _answer(record, here, peer, progress))
+        record = journal.hear(migration, _answer(record, here, peer, journal, progress))
     if record.may_destroy:
         if container is not None:
             container.kill()
@@ -43,38 +57,68 @@ def carry_on(
     else:
         if container is not None:
             container.resume()
-        if record.decision is Decision.ABORTED:
-            tell_aborted(peer, record)
+        if record.decision is Decision.ABORTED or record.by_operator:
+            tell_aborted(peer, record, progress)
         if progress.snapshot().outcome in (migration_pb2.OUTCOME_UNSPECIFIED, migration_pb2.OUTCOME_UNCERTAIN):
-            progress.end(migration_pb2.OUTCOME_ROLLED_BACK, here, lost(here))
+            released = record.decision is Decision.RELEASED
+            why = refused(record, here, by_operator=record.by_operator) if released else lost(here)
+            progress.end(migration_pb2.OUTCOME_ROLLED_BACK, here, why)
     journal.finish(migration)
 
 
-def _answer(record: Outgoing, here: str, peer: Peer, progress: Progress) -> Stage:
+def _decide(record: Outgoing, container: LeavingContainer | None, peer: Peer, journal: OutgoingJournal) -> Outgoing:
+    """A container whose memory is lost here, by a reboot say, is released to a destination that holds it complete."""
+    is_lost = container is not None and is_live(container.state) and container.has_ended()
+    return (journal.release if is_lost and _is_held_there(record, peer) else journal.abort)(record.migration)
+
+
+def _is_held_there(record: Outgoing, peer: Peer) -> bool:
+    deadline = time.monotonic() + LOST_PATIENCE_S
+    while True:
+        try:
+            stage = peer.stage(record.migration, record.epoch)
+            return stage in (peer_pb2.ARRIVAL_STAGE_READY, peer_pb2.ARRIVAL_STAGE_OWNER)
+        except Unreachable as error:
+            log.warning("no word of the lost container", migration=record.migration, reason=str(error))
+            if time.monotonic() > deadline:
+                return False
+        except MigratorError as error:
+            log.warning("the destination does not hold it", migration=record.migration, reason=str(error))
+            return False
+        time.sleep(RETRY_S)
+
+
+def _answer(record: Outgoing, here: str, peer: Peer, journal: OutgoingJournal, progress: Progress) -> Stage:
     """What the destination says to `released`. Silence decides nothing."""
     try:
-        ownership = peer.decide(record.migration, record.epoch, peer_pb2.DECISION_RELEASED).ownership
-        if ownership == peer_pb2.OWNERSHIP_UNSPECIFIED:
-            raise Uncertain(f"{record.destination} has not decided yet")
+        ownership = answers.ask_once(record, peer, journal).ownership
     except MigratorError as error:
-        progress.end(
-            migration_pb2.OUTCOME_UNCERTAIN,
-            "",
-            Uncertain(
-                f"{record.container} was released to {record.destination}, which does not answer ({error}). "
-                f"The copy on {here} is kept frozen and the question is repeated until {record.destination} is back"
-            ),
-        )
+        progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", answers.uncertain(record, here, str(error)))
         raise
     return Stage.OWNER if ownership == peer_pb2.OWNERSHIP_OWNER else Stage.REFUSED
 
 
-def tell_aborted(peer: Peer, record: Outgoing) -> None:
+def tell_aborted(peer: Peer, record: Outgoing, progress: Progress) -> None:
     """Best effort: a destination that does not hear it asks by itself, gets the same answer and cleans up."""
     try:
         peer.decide(record.migration, record.epoch, peer_pb2.DECISION_ABORTED)
     except MigratorError as error:
-        log.warning("the destination did not hear of the abort", migration=record.migration, reason=str(error))
+        if error.reason != HandoverError.reason:
+            log.warning("the destination did not hear of the abort", migration=record.migration, reason=str(error))
+            return
+        # Only where an operator has taken one host's part (`migrator resolve`), and the other was not gone for good.
+        words = f"{record.container} was resolved to be here, but {record.destination} has it, too: stop one of the two"
+        log.error("two copies", migration=record.migration, container=record.container, reason=str(error))
+        progress.note(words)
+
+
+def refused(record: Outgoing, here: str, *, by_operator: bool) -> DestinationRefused:
+    """Why a migration ended that was released and did not happen."""
+    if by_operator:
+        return DestinationRefused(
+            f"an operator has resolved that {record.container} goes on at {here}", reason="RESOLVED"
+        )
+    return DestinationRefused(f"{record.destination} could not take {record.container}; it goes on at {here}")
 
 
 def lost(here: str) -> RolledBack:

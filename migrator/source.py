@@ -17,7 +17,7 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import disk, faults, recovery, snapshots, verify
+from migrator import answers, disk, faults, recovery, snapshots, verify
 from migrator.destination import is_live
 from migrator.disk import DiskCopy
 from migrator.errors import (
@@ -28,10 +28,9 @@ from migrator.errors import (
     Precondition,
     RolledBack,
     TimedOut,
-    Uncertain,
 )
 from migrator.files import read_file
-from migrator.handover import Decision, HandoverError, OutgoingJournal, Stage
+from migrator.handover import Decision, HandoverError, Outgoing, OutgoingJournal, Stage
 from migrator.memory_copy import MemoryCopy
 from migrator.options import Options
 from migrator.ports import Checkpoint, LeavingContainer, Peer
@@ -42,9 +41,6 @@ from migrator.stream import Digests, Meter, Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
 FEATURES = ("send-v1", snapshots.FEATURE)
-# How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
-ANSWER_PATIENCE_S = 15.0
-ANSWER_RETRY_S = 0.5
 SETTLE_POLL_S = 0.05
 FAILURES = (MigratorError, BlockError, OSError)
 
@@ -68,12 +64,6 @@ class _Prepared:
     has_base: bool
     memory: MemoryCopy | None
     checkpoint: Checkpoint | None
-
-
-class DestinationRefused(RolledBack):
-    """The destination has answered `released` with `refused`: the container runs here again."""
-
-    reason = "DESTINATION_REFUSED"
 
 
 class Departure:
@@ -318,21 +308,19 @@ class Departure:
         faults.point("source.ready")
 
     def _handover(self) -> None:
-        """From `released` on there is no way back but the destination's word."""
-        self._release()
+        """From `released` on there is no way back but the destination's word, or an operator's in its place."""
+        record = self._release()
         faults.point("source.released")
-        answer, round_trip_ms = self._ask()
+        answer, round_trip_ms = answers.ask(record, self._here.host, self._peer, self._journal, self._progress)
         if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
-            self._journal.hear(self._name, Stage.REFUSED)
-            raise DestinationRefused(
-                f"{self._peer.host} could not take {self._container.name}; it goes on at {self._here.host}"
-            )
-        self._journal.hear(self._name, Stage.OWNER)
+            by_operator = self._journal.hear(self._name, Stage.REFUSED).by_operator
+            raise recovery.refused(record, self._here.host, by_operator=by_operator)
+        by_operator = self._journal.hear(self._name, Stage.OWNER).by_operator
         faults.point("source.owner")
         self._progress.steps(answer.steps)
         stood_still_ms = (time.monotonic() - self._frozen_at) * 1000 - round_trip_ms
         exchange_ms = max(0.0, round_trip_ms - answer.total_ms) / 2
-        if self._live:
+        if self._live and not by_operator:
             self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
 
     def _finish(self) -> None:
@@ -353,37 +341,21 @@ class Departure:
         except MigratorError as error:
             log.error("abort", migration=self._name, reason=str(error))
 
-    def _release(self) -> None:
+    def _release(self) -> Outgoing:
         try:
-            self._journal.release(self._name)
+            return self._journal.release(self._name)
         except MigratorError as error:
             self._failure = error
             try:
                 self._journal.abort(self._name)
             except HandoverError:
                 # `released` is on the disk in spite of the failure: it counts.
+                record = self._journal.get(self._name)
+                assert record is not None
                 self._failure = None
                 log.warning("release", migration=self._name, reason=str(error))
-                return
+                return record
             raise
-
-    def _ask(self) -> tuple[peer_pb2.DecideResponse, float]:
-        """Say `released` until the destination answers; silence decides nothing. Returns the answer and its ms."""
-        patience = time.monotonic() + ANSWER_PATIENCE_S
-        while True:
-            began = time.monotonic()
-            try:
-                answer = self._peer.decide(self._name, self._epoch, peer_pb2.DECISION_RELEASED)
-                if answer.ownership != peer_pb2.OWNERSHIP_UNSPECIFIED:
-                    return answer, (time.monotonic() - began) * 1000
-                reason = f"{self._peer.host} has not decided yet"
-            except MigratorError as error:
-                reason = str(error)
-            if time.monotonic() > patience:
-                patience = float("inf")
-                self._progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", self._uncertain(reason))
-            log.warning("no answer to released", migration=self._name, peer=self._peer.host, reason=reason)
-            time.sleep(ANSWER_RETRY_S)
 
     def _kill(self) -> None:
         """Of no consequence if it fails: the tasks stay frozen, and `remove` ends them."""
@@ -391,12 +363,6 @@ class Departure:
             self._container.kill()
         except (MigratorError, OSError) as error:
             log.error("killing the moved copy", migration=self._name, reason=str(error))
-
-    def _uncertain(self, reason: str) -> Uncertain:
-        return Uncertain(
-            f"{self._container.name} was released to {self._peer.host}, which does not answer ({reason}). "
-            f"The copy on {self._here.host} is kept frozen and the question is repeated until {self._peer.host} is back"
-        )
 
     def _log(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         """What conmon has written since the last call."""
@@ -436,7 +402,7 @@ class Departure:
         if record is None or not record.may_thaw or self._touched:
             return
         if record.decision is Decision.ABORTED:
-            recovery.tell_aborted(self._peer, record)
+            recovery.tell_aborted(self._peer, record, self._progress)
         self._journal.finish(self._name)
 
     def _end(self, error: MigratorError | None) -> None:
@@ -446,7 +412,7 @@ class Departure:
         if record is not None and record.may_destroy:
             end(migration_pb2.OUTCOME_MIGRATED, self._peer.host)
         elif record is not None and record.decision is Decision.RELEASED and record.answer is None:
-            end(migration_pb2.OUTCOME_UNCERTAIN, "", self._uncertain(str(error)))
+            end(migration_pb2.OUTCOME_UNCERTAIN, "", answers.uncertain(record, self._here.host, str(error)))
         elif error is not None:
             end(*self._verdict(error))
 

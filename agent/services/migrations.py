@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import grpc
 
+from agent.handovers import Handovers
 from agent.migrations import Migrations
 from migrator.v1 import migration_pb2 as pb
 from migrator.v1 import migration_pb2_grpc
@@ -12,8 +13,9 @@ from migrator.v1 import migration_pb2_grpc
 class MigrationService(migration_pb2_grpc.MigrationServiceServicer):
     """See proto/migrator/v1/migration.proto."""
 
-    def __init__(self, migrations: Migrations) -> None:
+    def __init__(self, migrations: Migrations, handovers: Handovers) -> None:
         self._migrations = migrations
+        self._handovers = handovers
 
     def CreateMigration(
         self, request: pb.CreateMigrationRequest, context: grpc.ServicerContext
@@ -33,6 +35,16 @@ class MigrationService(migration_pb2_grpc.MigrationServiceServicer):
     ) -> pb.CancelMigrationResponse:
         self._migrations.cancel(request.name)
         return pb.CancelMigrationResponse()
+
+    def GetHandover(self, request: pb.GetHandoverRequest, context: grpc.ServicerContext) -> pb.GetHandoverResponse:
+        return pb.GetHandoverResponse(handover=self._handovers.get(request.container))
+
+    def ResolveHandover(
+        self, request: pb.ResolveHandoverRequest, context: grpc.ServicerContext
+    ) -> pb.ResolveHandoverResponse:
+        return pb.ResolveHandoverResponse(
+            handover=self._handovers.resolve(request.container, request.epoch, request.keep)
+        )
 
     def WatchMigration(
         self, request: pb.WatchMigrationRequest, context: grpc.ServicerContext

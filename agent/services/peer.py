@@ -10,11 +10,19 @@ import grpc
 from agent.auth import caller_host
 from agent.migrations import Migrations
 from agent.neighbours import NEIGHBOURS_MAX
-from migrator.destination import Arrivals
+from migrator.arrivals import Arrivals
 from migrator.errors import InvalidArgument, PeerError
+from migrator.handover import Stage
 from migrator.network import Neighbour
 from migrator.ports import ArrivalHost
 from migrator.v1 import peer_pb2, peer_pb2_grpc
+
+STAGES = {
+    Stage.PREPARED: peer_pb2.ARRIVAL_STAGE_PREPARED,
+    Stage.READY: peer_pb2.ARRIVAL_STAGE_READY,
+    Stage.OWNER: peer_pb2.ARRIVAL_STAGE_OWNER,
+    Stage.REFUSED: peer_pb2.ARRIVAL_STAGE_REFUSED,
+}
 
 
 class PeerService(peer_pb2_grpc.PeerServiceServicer):
@@ -76,6 +84,12 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
     ) -> peer_pb2.GetDecisionResponse:
         decision = self._migrations.decision(request.migration, request.epoch, caller_host(context))
         return peer_pb2.GetDecisionResponse(decision=decision)
+
+    def GetArrival(
+        self, request: peer_pb2.GetArrivalRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.GetArrivalResponse:
+        stage = self._arrivals.stage(caller_host(context), request.migration, request.epoch)
+        return peer_pb2.GetArrivalResponse(stage=STAGES[stage])
 
 
 def _timed(steps: Mapping[str, float]) -> list[peer_pb2.TimedStep]:

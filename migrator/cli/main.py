@@ -29,6 +29,7 @@ COMMANDS = {
     "migrations": "migrations:group",
     "pause": "containers:pause",
     "ps": "containers:ps",
+    "resolve": "resolve:command",
     "resume": "containers:resume",
     "rm": "containers:rm",
     "run": "create:run",

@@ -34,6 +34,18 @@ class OnNoConverge(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ON_NO_CONVERGE_FREEZE: _ClassVar[OnNoConverge]
     ON_NO_CONVERGE_ABORT: _ClassVar[OnNoConverge]
     ON_NO_CONVERGE_THROTTLE: _ClassVar[OnNoConverge]
+
+class HandoverSide(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HANDOVER_SIDE_UNSPECIFIED: _ClassVar[HandoverSide]
+    HANDOVER_SIDE_SOURCE: _ClassVar[HandoverSide]
+    HANDOVER_SIDE_DESTINATION: _ClassVar[HandoverSide]
+
+class Keep(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KEEP_UNSPECIFIED: _ClassVar[Keep]
+    KEEP_HERE: _ClassVar[Keep]
+    KEEP_THERE: _ClassVar[Keep]
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_MIGRATED: Outcome
 OUTCOME_ROLLED_BACK: Outcome
@@ -50,6 +62,12 @@ ON_NO_CONVERGE_UNSPECIFIED: OnNoConverge
 ON_NO_CONVERGE_FREEZE: OnNoConverge
 ON_NO_CONVERGE_ABORT: OnNoConverge
 ON_NO_CONVERGE_THROTTLE: OnNoConverge
+HANDOVER_SIDE_UNSPECIFIED: HandoverSide
+HANDOVER_SIDE_SOURCE: HandoverSide
+HANDOVER_SIDE_DESTINATION: HandoverSide
+KEEP_UNSPECIFIED: Keep
+KEEP_HERE: Keep
+KEEP_THERE: Keep
 
 class Phase(_message.Message):
     __slots__ = ("name", "start_ms", "duration_ms", "steps")
@@ -188,3 +206,57 @@ class WatchMigrationResponse(_message.Message):
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     migration: Migration
     def __init__(self, migration: _Optional[_Union[Migration, _Mapping]] = ...) -> None: ...
+
+class Handover(_message.Message):
+    __slots__ = ("container", "migration", "epoch", "side", "host", "peer", "since_time", "heard_time", "heard", "peer_answers", "answer")
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    SINCE_TIME_FIELD_NUMBER: _ClassVar[int]
+    HEARD_TIME_FIELD_NUMBER: _ClassVar[int]
+    HEARD_FIELD_NUMBER: _ClassVar[int]
+    PEER_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    migration: str
+    epoch: int
+    side: HandoverSide
+    host: str
+    peer: str
+    since_time: _timestamp_pb2.Timestamp
+    heard_time: _timestamp_pb2.Timestamp
+    heard: str
+    peer_answers: bool
+    answer: str
+    def __init__(self, container: _Optional[str] = ..., migration: _Optional[str] = ..., epoch: _Optional[int] = ..., side: _Optional[_Union[HandoverSide, str]] = ..., host: _Optional[str] = ..., peer: _Optional[str] = ..., since_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., heard_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., heard: _Optional[str] = ..., peer_answers: _Optional[bool] = ..., answer: _Optional[str] = ...) -> None: ...
+
+class GetHandoverRequest(_message.Message):
+    __slots__ = ("container",)
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    def __init__(self, container: _Optional[str] = ...) -> None: ...
+
+class GetHandoverResponse(_message.Message):
+    __slots__ = ("handover",)
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
+    handover: Handover
+    def __init__(self, handover: _Optional[_Union[Handover, _Mapping]] = ...) -> None: ...
+
+class ResolveHandoverRequest(_message.Message):
+    __slots__ = ("container", "epoch", "keep")
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    container: str
+    epoch: int
+    keep: Keep
+    def __init__(self, container: _Optional[str] = ..., epoch: _Optional[int] = ..., keep: _Optional[_Union[Keep, str]] = ...) -> None: ...
+
+class ResolveHandoverResponse(_message.Message):
+    __slots__ = ("handover",)
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
+    handover: Handover
+    def __init__(self, handover: _Optional[_Union[Handover, _Mapping]] = ...) -> None: ...

@@ -55,6 +55,16 @@ class MigrationServiceStub:
                 request_serializer=migrator_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.GetHandover = channel.unary_unary(
+                '/migrator.v1.MigrationService/GetHandover',
+                request_serializer=migrator_dot_v1_dot_migration__pb2.GetHandoverRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_migration__pb2.GetHandoverResponse.FromString,
+                _registered_method=True)
+        self.ResolveHandover = channel.unary_unary(
+                '/migrator.v1.MigrationService/ResolveHandover',
+                request_serializer=migrator_dot_v1_dot_migration__pb2.ResolveHandoverRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_migration__pb2.ResolveHandoverResponse.FromString,
+                _registered_method=True)
         self.WatchMigration = channel.unary_stream(
                 '/migrator.v1.MigrationService/WatchMigration',
                 request_serializer=migrator_dot_v1_dot_migration__pb2.WatchMigrationRequest.SerializeToString,
@@ -92,6 +102,23 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHandover(self, request, context):
+        """A handover of this container that waits for the word of the other host, which is asked once more. Fails with
+        NOTHING_TO_RESOLVE if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResolveHandover(self, request, context):
+        """Takes an operator's word for that of a host that is gone for good. What it would have said is not known: the other
+        copy may run. Fails with PEER_ANSWERS if the other host answers after all, and with EPOCH_CHANGED if the handover is
+        another one than the operator has looked at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchMigration(self, request, context):
         """The migration now, then again at each change, until it has ended. Dropping the call changes nothing.
         """
@@ -121,6 +148,16 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=migrator_dot_v1_dot_migration__pb2.CancelMigrationRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_migration__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'GetHandover': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHandover,
+                    request_deserializer=migrator_dot_v1_dot_migration__pb2.GetHandoverRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_migration__pb2.GetHandoverResponse.SerializeToString,
+            ),
+            'ResolveHandover': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveHandover,
+                    request_deserializer=migrator_dot_v1_dot_migration__pb2.ResolveHandoverRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_migration__pb2.ResolveHandoverResponse.SerializeToString,
             ),
             'WatchMigration': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchMigration,
@@ -237,6 +274,60 @@ class MigrationService:
             '/migrator.v1.MigrationService/CancelMigration',
             migrator_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
             migrator_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHandover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrator.v1.MigrationService/GetHandover',
+            migrator_dot_v1_dot_migration__pb2.GetHandoverRequest.SerializeToString,
+            migrator_dot_v1_dot_migration__pb2.GetHandoverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveHandover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrator.v1.MigrationService/ResolveHandover',
+            migrator_dot_v1_dot_migration__pb2.ResolveHandoverRequest.SerializeToString,
+            migrator_dot_v1_dot_migration__pb2.ResolveHandoverResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,14 @@ class Ownership(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OWNERSHIP_UNSPECIFIED: _ClassVar[Ownership]
     OWNERSHIP_OWNER: _ClassVar[Ownership]
     OWNERSHIP_REFUSED: _ClassVar[Ownership]
+
+class ArrivalStage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ARRIVAL_STAGE_UNSPECIFIED: _ClassVar[ArrivalStage]
+    ARRIVAL_STAGE_PREPARED: _ClassVar[ArrivalStage]
+    ARRIVAL_STAGE_READY: _ClassVar[ArrivalStage]
+    ARRIVAL_STAGE_OWNER: _ClassVar[ArrivalStage]
+    ARRIVAL_STAGE_REFUSED: _ClassVar[ArrivalStage]
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_PLAIN: Encoding
 ENCODING_ZEROS: Encoding
@@ -36,6 +44,11 @@ DECISION_ABORTED: Decision
 OWNERSHIP_UNSPECIFIED: Ownership
 OWNERSHIP_OWNER: Ownership
 OWNERSHIP_REFUSED: Ownership
+ARRIVAL_STAGE_UNSPECIFIED: ArrivalStage
+ARRIVAL_STAGE_PREPARED: ArrivalStage
+ARRIVAL_STAGE_READY: ArrivalStage
+ARRIVAL_STAGE_OWNER: ArrivalStage
+ARRIVAL_STAGE_REFUSED: ArrivalStage
 
 class ExamineRequest(_message.Message):
     __slots__ = ("container", "spec", "kernel", "cpu_flags", "criu_version", "memory_bytes", "disk_bytes")
@@ -281,3 +294,17 @@ class GetDecisionResponse(_message.Message):
     DECISION_FIELD_NUMBER: _ClassVar[int]
     decision: Decision
     def __init__(self, decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
+
+class GetArrivalRequest(_message.Message):
+    __slots__ = ("migration", "epoch")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class GetArrivalResponse(_message.Message):
+    __slots__ = ("stage",)
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    stage: ArrivalStage
+    def __init__(self, stage: _Optional[_Union[ArrivalStage, str]] = ...) -> None: ...

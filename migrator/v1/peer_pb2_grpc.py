@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class PeerServiceStub:
-    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks.
+    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks. An end ignores
+    fields that it does not know; what it offers beyond that is named in features, and used only where both name it.
     Every message names its migration and epoch; one that does not fit the state it finds is refused and changes nothing.
     """
 
@@ -81,10 +82,16 @@ class PeerServiceStub:
                 request_serializer=migrator_dot_v1_dot_peer__pb2.GetDecisionRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_peer__pb2.GetDecisionResponse.FromString,
                 _registered_method=True)
+        self.GetArrival = channel.unary_unary(
+                '/migrator.v1.PeerService/GetArrival',
+                request_serializer=migrator_dot_v1_dot_peer__pb2.GetArrivalRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_peer__pb2.GetArrivalResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
-    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks.
+    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks. An end ignores
+    fields that it does not know; what it offers beyond that is named in features, and used only where both name it.
     Every message names its migration and epoch; one that does not fit the state it finds is refused and changes nothing.
     """
 
@@ -153,6 +160,13 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetArrival(self, request, context):
+        """How far the destination is, for a source that cannot know any more, or an operator. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -201,6 +215,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.GetDecisionRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_peer__pb2.GetDecisionResponse.SerializeToString,
             ),
+            'GetArrival': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetArrival,
+                    request_deserializer=migrator_dot_v1_dot_peer__pb2.GetArrivalRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_peer__pb2.GetArrivalResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'migrator.v1.PeerService', rpc_method_handlers)
@@ -210,7 +229,8 @@ def add_PeerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PeerService:
-    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks.
+    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks. An end ignores
+    fields that it does not know; what it offers beyond that is named in features, and used only where both name it.
     Every message names its migration and epoch; one that does not fit the state it finds is refused and changes nothing.
     """
 
@@ -447,6 +467,33 @@ class PeerService:
             '/migrator.v1.PeerService/GetDecision',
             migrator_dot_v1_dot_peer__pb2.GetDecisionRequest.SerializeToString,
             migrator_dot_v1_dot_peer__pb2.GetDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetArrival(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrator.v1.PeerService/GetArrival',
+            migrator_dot_v1_dot_peer__pb2.GetArrivalRequest.SerializeToString,
+            migrator_dot_v1_dot_peer__pb2.GetArrivalResponse.FromString,
             options,
             channel_credentials,
             insecure,

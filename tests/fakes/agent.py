@@ -261,7 +261,8 @@ class Migrations(migration_pb2_grpc.MigrationServiceServicer):
     """A migration goes to its end by itself, except where the destination's name says otherwise.
 
     `slow` waits in precopy to be cancelled, `late` waits in handover and answers a cancellation with COMMITTED,
-    `full` is refused by preflight, `nowhere` is not known, `lost` is uncertain.
+    `full` is refused by preflight, `nowhere` is not known, `lost` is uncertain. The handover of a container `stuck`
+    waits for host-b, which is silent; that of `alive` for one that answers.
     """
 
     def __init__(self) -> None:
@@ -269,6 +270,29 @@ class Migrations(migration_pb2_grpc.MigrationServiceServicer):
         self.snapshots = migration_pb2.SNAPSHOT_HANDLING_UNSPECIFIED
         self.on_waiting: Callable[[], None] = lambda: None
         self._cancelled = threading.Event()
+        self.resolved: list[migration_pb2.ResolveHandoverRequest] = []
+
+    def GetHandover(self, request, context):
+        if request.container not in ("stuck", "alive"):
+            fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_TO_RESOLVE", "nothing waits")
+        found = migration_pb2.Handover(
+            container=request.container,
+            migration="m1",
+            epoch=7,
+            side="HANDOVER_SIDE_SOURCE",
+            host="host-a",
+            peer="host-b",
+        )
+        found.since_time.FromMilliseconds(1_790_000_000_123)
+        found.heard_time.FromMilliseconds(1_790_000_060_123)
+        found.heard = "it is ready"
+        found.peer_answers = request.container == "alive"
+        found.answer = "it is ready" if found.peer_answers else "no route to host"
+        return migration_pb2.GetHandoverResponse(handover=found)
+
+    def ResolveHandover(self, request, context):
+        self.resolved.append(request)
+        return migration_pb2.ResolveHandoverResponse()
 
     def CreateMigration(self, request, context):
         if request.destination == "nowhere":

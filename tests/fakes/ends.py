@@ -15,10 +15,10 @@ from pathlib import Path
 from agent.journal import Incomings, Outgoings
 from blockdev.blocks import Piece
 from blockdev.extents import Range
-from migrator.destination import Arrivals
+from migrator.arrivals import Arrivals
 from migrator.errors import ExecutionError, Unreachable
 from migrator.files import write_file
-from migrator.handover import Incoming, Outgoing, Stage
+from migrator.handover import Incoming, Keep, Outgoing, Stage
 from migrator.memory import Collected, Gone, Moment, ObjectKey, ProcessChange, ProcessKey, SharedChange
 from migrator.network import Neighbour
 from migrator.numbered import Outbound
@@ -194,6 +194,7 @@ class FakeLeaving:
         self.images = folder / "images"
         self.frozen = self.disconnected = self.fs_frozen = self.killed = self.removed = self.criu_holds = False
         self.guarded = False
+        self.ended = False
         self._world = world
         self._call = calls
         self._live = state == LIVE
@@ -324,7 +325,13 @@ class FakeLeaving:
         return True
 
     def has_ended(self) -> bool:
-        return False
+        return self.ended
+
+    def reboot(self) -> None:
+        """Its host was rebooted: what is on the disk is there."""
+        self.ended = True
+        self.frozen = self.disconnected = self.fs_frozen = False
+        self._update()
 
     def kill(self) -> None:
         with self._call("source.kill"):
@@ -343,7 +350,7 @@ class FakeLeaving:
         return not (stopped or self.criu_holds or self.guarded)
 
     def _update(self) -> None:
-        self._world.source_runs = self._live and not (self.frozen or self.killed)
+        self._world.source_runs = self._live and not (self.frozen or self.killed or self.ended)
         self._world.check()
 
 
@@ -358,6 +365,7 @@ class FakeReservation:
         self.left: set[str] = set()
         self.owned = False
         self.has_base = True
+        self.lost = False
         self.shared = SharedStore()
 
     def reserve(self) -> None:
@@ -424,6 +432,8 @@ class FakeReservation:
 
     def run(self) -> Mapping[str, float]:
         with self._call("destination.run"):
+            if self.lost:
+                return {}
             assert not self._live or self.is_held() or self._world.destination_runs
             self.left.discard("held")
             self._world.destination_runs = self._live
@@ -444,6 +454,7 @@ class FakeReservation:
     def reboot(self) -> None:
         """Processes and mounts are gone; files are there."""
         self.left -= {"held", "runc", "tap", "mount"}
+        self.lost = True
 
 
 class FakeArrivalHost:
@@ -547,6 +558,11 @@ class LoopbackPeer:
             steps = self.arrivals.get("a", migration, epoch).restore(digests)
         return [peer_pb2.TimedStep(name=name, duration_ms=ms) for name, ms in steps.items()]
 
+    def stage(self, migration: str, epoch: int) -> "peer_pb2.ArrivalStage":
+        with self._wire("stage"):
+            name = self.arrivals.stage("a", migration, epoch).upper()
+            return peer_pb2.ArrivalStage.Value(f"ARRIVAL_STAGE_{name}")
+
     def decide(self, migration: str, epoch: int, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
         with self._wire("decide"):
             request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
@@ -578,6 +594,9 @@ class FaultyOutgoings:
     def hear(self, migration: str, answer: Stage) -> Outgoing:
         with self._call("journal a.hear"):
             return self._journal.hear(migration, answer)
+
+    def heard(self, migration: str, said: str) -> None:
+        self._journal.heard(migration, said)
 
     def finish(self, migration: str) -> None:
         with self._call("journal a.finish"):
@@ -612,6 +631,13 @@ class FaultyIncomings:
     def refuse(self, migration: str) -> Incoming:
         with self._call("journal b.refuse"):
             return self._journal.refuse(migration)
+
+    def resolve(self, migration: str, keep: Keep) -> Incoming:
+        with self._call("journal b.resolve"):
+            return self._journal.resolve(migration, keep)
+
+    def heard(self, migration: str, said: str) -> None:
+        self._journal.heard(migration, said)
 
     def finish(self, migration: str) -> None:
         with self._call("journal b.finish"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.crash_kit import FAULTS, NAME, A, Crashes
 from tests.lab.lab_kit import HOSTS, SCRIPT, Lab, eventually
 
 
@@ -52,3 +53,40 @@ def mend(lab: Lab) -> None:
 def no_work(lab: Lab, host: str) -> bool:
     """No container of the host is arriving or in a migration."""
     return all(not row["migration"] and row["state"] != "arriving" for row in lab.ps(host).values())
+
+
+@pytest.fixture(scope="module")
+def crashes(lab_session: Lab) -> Iterator[Crashes]:
+    """Both agents with faults allowed, and the container."""
+    os.environ["MIGRATOR_FAULTS"] = FAULTS
+    made = Crashes(lab_session)
+    try:
+        for host in HOSTS:
+            lab_session.lab("kill", host)
+            lab_session.lab("start", host)
+        made.start_redis()
+        yield made
+    finally:
+        del os.environ["MIGRATOR_FAULTS"]
+        made.forget()
+        for host in HOSTS:
+            if made.agent_runs(host):
+                lab_session.lab("kill", host)
+            lab_session.lab("start", host)
+        lab_session.remove_all()
+    left = {host: lab_session.clean(host) for host in HOSTS}
+    assert not any(left.values()), f"left behind after every container was removed: {left}"
+
+
+@pytest.fixture
+def ready(crashes: Crashes) -> Iterator[Crashes]:
+    """The container at host-a, no fault asked for."""
+    crashes.forget()
+    (where,) = crashes.lab.where(NAME)
+    if where != A:
+        crashes.lab.migrate(NAME, where, A)
+    yield crashes
+    crashes.forget()
+    for row in crashes.lab.status():
+        if row["link"] == "cut":
+            crashes.lab.lab("heal", row["name"])

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from agent import journal
 from agent.database import Database
 from migrator import handover
-from migrator.handover import Decision, HandoverError, Incoming, Outgoing, Stage
+from migrator.handover import Decision, HandoverError, Incoming, Keep, Outgoing, Stage
 
 OUT = Outgoing("m", "ct", "b", 1)
 IN = Incoming("m", "ct", "a", 1)
@@ -50,6 +50,31 @@ def test_destination_owns_only_what_was_ready() -> None:
         handover.own(handover.refuse(handover.make_ready(IN)))
 
 
+def test_an_operators_word_counts_until_the_hosts_own() -> None:
+    released = handover.release(OUT)
+    for record in (OUT, handover.abort(OUT), handover.hear(released, Stage.REFUSED)):
+        with pytest.raises(HandoverError):
+            handover.resolve_outgoing(record, Keep.HERE)
+    kept = handover.resolve_outgoing(released, Keep.HERE)
+    assert kept.may_thaw and kept.by_operator and not kept.is_waiting
+    # Never is a destination told to run what was kept.
+    assert (released.word, kept.word) == (Decision.RELEASED, Decision.ABORTED)
+    assert handover.hear(kept, Stage.REFUSED) == kept
+    assert handover.hear(kept, Stage.OWNER) == handover.hear(released, Stage.OWNER)
+    with pytest.raises(HandoverError):
+        handover.hear(replace(kept, finished=True), Stage.OWNER)
+    assert handover.resolve_outgoing(released, Keep.THERE).may_destroy
+
+
+def test_an_operator_may_speak_for_the_source_of_what_is_ready() -> None:
+    ready = handover.make_ready(IN)
+    for record in (IN, handover.own(ready), handover.refuse(ready)):
+        with pytest.raises(HandoverError):
+            handover.resolve_incoming(record, Keep.HERE)
+    assert handover.resolve_incoming(ready, Keep.HERE).may_run
+    assert handover.resolve_incoming(ready, Keep.THERE).stage is Stage.REFUSED
+
+
 def test_journal_keeps_what_was_said(tmp_path: Path) -> None:
     database = Database(tmp_path / "agent.db", [journal.SCHEMA])
     outgoings, incomings = journal.Outgoings(database), journal.Incomings(database)
@@ -64,6 +89,16 @@ def test_journal_keeps_what_was_said(tmp_path: Path) -> None:
     with pytest.raises(HandoverError):
         outgoings.abort("m1")
     assert [record.migration for record in outgoings.unfinished()] == ["m1"]
+    word = outgoings.word("m1")
+    assert word is not None and word.said == "it is ready"
+    outgoings.heard("m1", "something else")
+    later = outgoings.word("m1")
+    assert later is not None and (later.since_time_ms, later.said) == (word.since_time_ms, "something else")
+    assert outgoings.resolve("m1", Keep.HERE) == outgoings.get("m1")
+    assert outgoings.unfinished()[0].by_operator
+    assert not outgoings.hear("m1", Stage.OWNER).by_operator
+    outgoings.finish("m1")
+    assert outgoings.word("m1") is None
     # The same name comes back later, with a higher epoch only.
     with pytest.raises(HandoverError):
         incomings.begin("m2", "ct", "b", epoch=5)

@@ -1,0 +1,58 @@
+"""The source's question after `released`: has the destination taken the container? Silence decides nothing."""
+
+import time
+
+import structlog
+
+from migrator.errors import MigratorError, Uncertain
+from migrator.handover import Outgoing, OutgoingJournal, Stage
+from migrator.ports import Peer
+from migrator.progress import Progress
+from migrator.v1 import migration_pb2, peer_pb2
+
+# How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
+PATIENCE_S = 15.0
+RETRY_S = 0.5
+
+_BY_ANSWER = {Stage.OWNER: peer_pb2.OWNERSHIP_OWNER, Stage.REFUSED: peer_pb2.OWNERSHIP_REFUSED}
+
+log = structlog.get_logger()
+
+
+def ask_once(record: Outgoing, peer: Peer, journal: OutgoingJournal) -> peer_pb2.DecideResponse:
+    """Say `released` and return the answer, which is one. Raises Uncertain, or what the call has met."""
+    answer = peer.decide(record.migration, record.epoch, peer_pb2.DECISION_RELEASED)
+    if answer.ownership == peer_pb2.OWNERSHIP_UNSPECIFIED:
+        journal.heard(record.migration, "it has not decided yet")
+        raise Uncertain(f"{record.destination} has not decided yet")
+    return answer
+
+
+def ask(
+    record: Outgoing, here: str, peer: Peer, journal: OutgoingJournal, progress: Progress
+) -> tuple[peer_pb2.DecideResponse, float]:
+    """`ask_once` until there is an answer, the destination's own or an operator's. Returns it and its milliseconds."""
+    patience = time.monotonic() + PATIENCE_S
+    while True:
+        began = time.monotonic()
+        try:
+            return ask_once(record, peer, journal), (time.monotonic() - began) * 1000
+        except MigratorError as error:
+            reason = str(error)
+        resolved = journal.get(record.migration)
+        if resolved is not None and resolved.answer is not None:
+            return peer_pb2.DecideResponse(ownership=_BY_ANSWER[resolved.answer]), 0.0
+        if time.monotonic() > patience:
+            patience = float("inf")
+            progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain(record, here, reason))
+        log.warning("no answer to released", migration=record.migration, peer=peer.host, reason=reason)
+        time.sleep(RETRY_S)
+
+
+def uncertain(record: Outgoing, here: str, reason: str) -> Uncertain:
+    """What an operator is told of a released container whose destination does not answer."""
+    return Uncertain(
+        f"{record.container} was released to {record.destination}, which does not answer ({reason}). "
+        f"The copy on {here} is kept frozen and the question is repeated until {record.destination} is back; "
+        f"if that is gone for good: migrator resolve {record.container}"
+    )

@@ -1,0 +1,128 @@
+"""All containers on their way to this host, each an `Arrival` (`migrator.destination`), and those that are over."""
+
+import threading
+
+import structlog
+
+from migrator.destination import FAILURES, Arrival, AskSource, is_live
+from migrator.errors import Busy, NotFound
+from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
+from migrator.ports import ArrivalHost
+from migrator.v1 import peer_pb2
+
+log = structlog.get_logger()
+
+
+class Arrivals:
+    """All containers on their way to this host; a source may touch only those that it sends."""
+
+    def __init__(self, host: ArrivalHost, journal: IncomingJournal) -> None:
+        self._host = host
+        self._journal = journal
+        self._arrivals: dict[str, Arrival] = {}
+        # Migration to container, until there is an arrival.
+        self._preparing: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
+        """Reserve everything; nothing is left if that fails."""
+        with self._lock:
+            others = [arrival.record.container for arrival in self._arrivals.values() if not arrival.is_over]
+            if request.container in (*others, *self._preparing.values()):
+                raise Busy(f"another migration brings {request.container} to this host: try again when that is done")
+            self._preparing[request.migration] = request.container
+        try:
+            record = self._journal.begin(request.migration, request.container, source, request.epoch)
+            try:
+                reservation = self._host.reserve(request)
+            except BaseException:
+                self._journal.refuse(record.migration)
+                self._journal.finish(record.migration)
+                raise
+            arrival = Arrival(record, reservation, self._journal, is_live(request.state))
+            with self._lock:
+                self._arrivals[record.migration] = arrival
+        finally:
+            with self._lock:
+                del self._preparing[request.migration]
+        arrival.prepare()
+        return peer_pb2.PrepareResponse(has_base=reservation.has_base)
+
+    def get(self, source: str, migration: str, epoch: int) -> Arrival:
+        """The arrival that a message is about. Raises NotFound also for one that is another source's."""
+        with self._lock:
+            arrival = self._arrivals.get(migration)
+        if arrival is None or arrival.record.source != source or arrival.record.epoch != epoch:
+            raise _unknown(source, migration, epoch)
+        return arrival
+
+    def decide(self, source: str, request: peer_pb2.DecideRequest) -> peer_pb2.DecideResponse:
+        """As `Arrival.decide`, also about one that is over: then the record answers."""
+        try:
+            return self.get(source, request.migration, request.epoch).decide(request.decision)
+        except NotFound:
+            record = self._record(source, request.migration, request.epoch)
+            if record.stage in (Stage.PREPARED, Stage.READY):
+                # Still being reserved, or not recovered yet: it does not go on.
+                record = self._journal.refuse(record.migration)
+            owner = record.stage is Stage.OWNER
+            if owner and request.decision == peer_pb2.DECISION_ABORTED:
+                raise HandoverError(f"migration {request.migration} is committed here") from None
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
+
+    def stage(self, source: str, migration: str, epoch: int) -> Stage:
+        """How far it is, by its record. Raises NotFound also for one that is another source's."""
+        return self._record(source, migration, epoch).stage
+
+    def resolve(self, migration: str, keep: Keep) -> None:
+        """An operator's word for that of the source. Raises HandoverError if none is waited for."""
+        with self._lock:
+            arrival = self._arrivals.get(migration)
+        if arrival is not None:
+            arrival.resolve(keep)
+        else:
+            self._journal.resolve(migration, keep)  # it is recovered, and carried out, by `tend`
+
+    def recover(self) -> None:
+        """Carry on what a former life of the agent had begun; what fails is tried again by `tend`."""
+        for record in self._journal.unfinished():
+            with self._lock:
+                if record.migration in self._arrivals or record.migration in self._preparing:
+                    continue
+            try:
+                reservation, state = self._host.reserved(record.migration, record.container)
+                arrival = Arrival(record, reservation, self._journal, is_live(state))
+                with self._lock:
+                    self._arrivals[record.migration] = arrival
+                arrival.recover()
+            except FAILURES as error:
+                log.error("recovering an arrival", migration=record.migration, stage=record.stage, reason=str(error))
+
+    def tend(self, ask: AskSource) -> None:
+        """Look after all of them; to be called every second or so."""
+        self.recover()
+        with self._lock:
+            arrivals = list(self._arrivals.values())
+        for arrival in arrivals:
+            try:
+                arrival.tend(ask)
+            except FAILURES as error:
+                log.error("tending an arrival", migration=arrival.record.migration, reason=str(error))
+            if arrival.is_over:
+                with self._lock:
+                    self._arrivals.pop(arrival.record.migration, None)
+
+    def count(self) -> int:
+        """How many are on their way."""
+        with self._lock:
+            return sum(not arrival.is_over for arrival in self._arrivals.values())
+
+    def _record(self, source: str, migration: str, epoch: int) -> Incoming:
+        record = self._journal.get(migration)
+        if record is None or (record.source, record.epoch) != (source, epoch):
+            raise _unknown(source, migration, epoch)
+        return record
+
+
+def _unknown(source: str, migration: str, epoch: int) -> NotFound:
+    return NotFound(f"no migration {migration} with epoch {epoch} from {source} here", reason="MIGRATION_NOT_FOUND")
