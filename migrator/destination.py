@@ -287,6 +287,8 @@ class Arrival:
             self._finish()
 
     def _refuse(self, why: str) -> None:
+        if self.record.stage is Stage.REFUSED and self.is_over:
+            return  # said once more, late: by now the name may be that of another arrival
         if self.record.stage is not Stage.REFUSED:
             self.record = self._journal.refuse(self.record.migration)
             log.info("arrival refused", migration=self.record.migration, container=self.record.container, reason=why)
