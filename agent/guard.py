@@ -8,6 +8,7 @@ agent is done with it; the end of the pipe without one means that the agent is d
 """
 
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 READY = b"ready\n"
 START_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -32,10 +34,11 @@ def guarding(config: Path, migration: str, container: str) -> Iterator[None]:
     assert process.stdin is not None
     assert process.stdout is not None
     with process.stdin as pipe, process.stdout as answers:
-        if answers.readline() != READY:
+        has_spoken = select.select([answers], [], [], START_TIMEOUT_S)[0]
+        if not has_spoken or answers.readline() != READY:
             process.kill()
             process.wait()
-            raise ExecutionError("the guard process did not start: see the agent's log")
+            raise ExecutionError(f"the guard process did not start within {START_TIMEOUT_S:g} s: see the agent's log")
         try:
             yield
         finally:
@@ -44,7 +47,12 @@ def guarding(config: Path, migration: str, container: str) -> Iterator[None]:
                 pipe.flush()
             except BrokenPipeError:
                 pass  # it is dead: there is nobody to stand down
-            process.wait()
+            try:
+                process.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                # It has our word, or will never read it: it does nothing any more in either case.
+                process.kill()
+                process.wait(END_TIMEOUT_S)
 
 
 def main(config_path: str, migration: str, container: str) -> int:
