@@ -40,7 +40,8 @@ class Network:
 class Config:
     """`listen_address` is empty if only the local socket is served; `peers` is host name to host:port.
 
-    `memory_tracker` is one of `migrator.memory.METHODS`; empty for the best that this kernel has.
+    `memory_tracker` is one of `migrator.memory.METHODS`; empty for the best that this kernel has. `max_migrations` is
+    how many containers may be on their way from this host at once; the others wait.
     """
 
     host: str
@@ -50,6 +51,7 @@ class Config:
     cgroup_parent: str
     pool_size_bytes: int
     memory_tracker: str
+    max_migrations: int
     listen_address: str
     tls: Tls
     network: Network
@@ -89,6 +91,7 @@ def parse(document: Mapping[str, Any]) -> Config:
         cgroup_parent=_matching("cgroup_parent", top.text("cgroup_parent", "migrator"), CGROUP_NAME),
         pool_size_bytes=_pool_size(top.value("pool_size", "20GiB", (str, int))),
         memory_tracker=_choice("memory_tracker", top.text("memory_tracker", ""), METHODS),
+        max_migrations=_between("max_migrations", top.number("max_migrations", 8), 1, 64),
         listen_address=_address("listen.address", listen.text("address", "")),
         tls=Tls(
             ca=tls.path("ca", "/etc/migrator/ca.crt"),
@@ -153,6 +156,12 @@ def _pool_size(value: Any) -> int:
     if size < MIN_POOL_BYTES:
         raise InvalidArgument(f"pool_size: {units.format_size(size)} is less than {units.format_size(MIN_POOL_BYTES)}")
     return size
+
+
+def _between(key: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise InvalidArgument(f"{key}: {value} is not between {least} and {most}")
+    return value
 
 
 def _choice(key: str, value: str, choices: Sequence[str]) -> str:

@@ -16,10 +16,11 @@ from agent.departure import Departing
 from agent.journal import Outgoings
 from agent.managers import Managers
 from agent.peers import RemotePeer
+from agent.places import Places
 from migrator import convergence, recovery
 from migrator.convergence import OnNoConverge
-from migrator.errors import Busy, InvalidArgument, NotFound, Precondition
-from migrator.handover import Decision, Outgoing
+from migrator.errors import Busy, Cancelled, InvalidArgument, NotFound, Precondition, TimedOut
+from migrator.handover import Outgoing
 from migrator.options import Options
 from migrator.progress import Progress
 from migrator.source import Departure, Here
@@ -55,6 +56,7 @@ class Migrations:
         self._running: dict[str, Progress] = {}
         self._claimed: dict[str, ExitStack] = {}
         self._kept: list[ExitStack] = []
+        self._places = Places(managers.config.max_migrations)
         self._closing = threading.Event()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
@@ -86,7 +88,11 @@ class Migrations:
             self._store.save(migration)
             departing = self._departing(record, name, request.snapshots)
             departure = Departure(name, self._here, departing, peer, self._outgoings, progress, options)
-            self._begin(name, progress, departure.run, stack.pop_all())
+            if not options.check_only:
+                self._places.join(name)
+                stack.callback(self._places.leave, name)
+                progress.queued(self._places.position(name))
+            self._begin(name, progress, lambda: self._in_turn(name, progress, departure), stack.pop_all())
         return progress.snapshot()
 
     def get(self, name: str) -> migration_pb2.Migration:
@@ -147,13 +153,7 @@ class Migrations:
             raise NotFound(f"no migration {name} with epoch {epoch} to {asker} here", reason="MIGRATION_NOT_FOUND")
         with self._lock:
             working = name in self._running
-        if record.decision is Decision.UNDECIDED and not working:
-            record = self._outgoings.abort(name)
-        return {
-            Decision.UNDECIDED: peer_pb2.DECISION_UNSPECIFIED,
-            Decision.RELEASED: peer_pb2.DECISION_RELEASED,
-            Decision.ABORTED: peer_pb2.DECISION_ABORTED,
-        }[record.word]
+        return recovery.decision(self._outgoings, record, is_worked_on=working)
 
     def claim(self) -> None:
         """Before the containers are reconciled: hold those whose migration is not finished. Their ends mean nothing."""
@@ -202,6 +202,18 @@ class Migrations:
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _in_turn(self, name: str, progress: Progress, departure: Departure) -> None:
+        if progress.snapshot().queue_position:
+            try:
+                self._places.wait(name, progress.check, progress.queued)
+            except Cancelled as error:
+                progress.end(migration_pb2.OUTCOME_CANCELLED, self._here.host, error)
+                return
+            except TimedOut as error:
+                progress.end(migration_pb2.OUTCOME_TIMED_OUT, self._here.host, error)
+                return
+        departure.run()
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,11 @@ class Progress:
             migration.bytes.memory, migration.bytes.disk, migration.bytes.wire = memory, disk, wire
             migration.progress = min(1.0, part)
 
+    def queued(self, position: int) -> None:
+        """It waits for its turn; 0: no more."""
+        with self._change() as migration:
+            migration.queue_position = position
+
     def note(self, text: str) -> None:
         """Something for those who want to know more."""
         with self._change() as migration:
@@ -105,6 +110,7 @@ class Progress:
         """How it ended and where the container is. An uncertain one may end again."""
         with self._change() as migration:
             migration.outcome = outcome
+            migration.queue_position = 0
             migration.where_running = where
             migration.total_ms = self._elapsed_ms()
             migration.error = str(error) if error else ""

@@ -66,6 +66,17 @@ def carry_on(
     journal.finish(migration)
 
 
+def decision(journal: OutgoingJournal, record: Outgoing, *, is_worked_on: bool) -> peer_pb2.Decision:
+    """What a destination that asks is told. What is undecided, and nobody works on it, is aborted first."""
+    if record.decision is Decision.UNDECIDED and not is_worked_on:
+        record = journal.abort(record.migration)
+    return {
+        Decision.UNDECIDED: peer_pb2.DECISION_UNSPECIFIED,
+        Decision.RELEASED: peer_pb2.DECISION_RELEASED,
+        Decision.ABORTED: peer_pb2.DECISION_ABORTED,
+    }[record.word]
+
+
 def _decide(record: Outgoing, container: LeavingContainer | None, peer: Peer, journal: OutgoingJournal) -> Outgoing:
     """A container whose memory is lost here, by a reboot say, is released to a destination that holds it complete."""
     is_lost = container is not None and is_live(container.state) and container.has_ended()

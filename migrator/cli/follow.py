@@ -58,7 +58,7 @@ def _follow(
 ) -> migration_pb2.Migration:
     watcher = threading.Thread(target=_watch, args=(migration.name, target, events), daemon=True, name="watch")
     watcher.start()
-    interrupts = noted = 0
+    interrupts = noted = position = 0
     with drawing.picture() as picture:
         picture.show(migration)
         while not migration.outcome:
@@ -66,6 +66,9 @@ def _follow(
             if isinstance(event, migration_pb2.Migration):
                 migration = event
                 picture.show(migration)
+                if migration.queue_position != position:
+                    position = migration.queue_position
+                    picture.note(_turn(migration))
                 if verbose:
                     for note in migration.notes[noted:]:
                         picture.note(note)
@@ -80,6 +83,12 @@ def _follow(
                     )
                 picture.note(_cancel(migration, target))
     return migration
+
+
+def _turn(migration: migration_pb2.Migration) -> str:
+    if not migration.queue_position:
+        return "its turn has come"
+    return f"queued: number {migration.queue_position} of those that wait at {migration.source}"
 
 
 def _cancel(migration: migration_pb2.Migration, target: Endpoint) -> str:

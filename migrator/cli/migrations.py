@@ -31,7 +31,7 @@ def ls() -> None:
             migration.name,
             migration.container,
             migration.destination,
-            outcome_name(migration),
+            outcome_name(migration) + (f" ({migration.queue_position})" if migration.queue_position else ""),
             format_duration(migration.downtime_ms) if migration.downtime_ms else "-",
             format_duration(migration.total_ms) if migration.total_ms else "-",
             output.iso(migration.create_time) or "-",

@@ -29,9 +29,9 @@ def exit_code(migration: migration_pb2.Migration) -> int:
 
 
 def outcome_name(migration: migration_pb2.Migration) -> str:
-    """migrated, rolled_back and so on; running while it has not ended."""
+    """migrated, rolled_back and so on; running while it has not ended, queued while it has not begun."""
     if migration.outcome == migration_pb2.OUTCOME_UNSPECIFIED:
-        return "running"
+        return "queued" if migration.queue_position else "running"
     return output.enum_name(migration_pb2.Outcome, migration.outcome)
 
 
@@ -44,6 +44,7 @@ def migration_object(migration: migration_pb2.Migration) -> dict[str, object]:
         "source": migration.source,
         "destination": migration.destination,
         "outcome": outcome_name(migration),
+        "queue_position": migration.queue_position or None,
         "downtime_ms": round(migration.downtime_ms, 3),
         "total_ms": round(migration.total_ms, 3),
         "bytes": {"memory": migration.bytes.memory, "disk": migration.bytes.disk, "wire": migration.bytes.wire},

@@ -77,7 +77,8 @@ class MigrationServiceServicer:
     """
 
     def CreateMigration(self, request, context):
-        """Starts one and returns at once. With check_only just preflight runs. Fails with BUSY if the container is in one already.
+        """Starts one and returns at once. It waits for its turn if as many run as the host's configuration allows; with
+        check_only just preflight runs, at once. Fails with BUSY if the container is in one already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -14,7 +14,7 @@ from blockdev.errors import BlockError
 from migrator import answers, destination, recovery
 from migrator.arrivals import Arrivals
 from migrator.errors import MigratorError, NotFound, Unreachable
-from migrator.handover import Decision, Incoming
+from migrator.handover import Incoming
 from migrator.options import Options
 from migrator.progress import Progress
 from migrator.source import Departure, Here
@@ -97,13 +97,7 @@ class Pair:
         found = self.outgoings.get(record.migration)
         if found is None:
             raise NotFound("no such migration")
-        if found.decision is Decision.UNDECIDED and not self.working:
-            found = self.outgoings.abort(record.migration)
-        return {
-            Decision.UNDECIDED: peer_pb2.DECISION_UNSPECIFIED,
-            Decision.RELEASED: peer_pb2.DECISION_RELEASED,
-            Decision.ABORTED: peer_pb2.DECISION_ABORTED,
-        }[found.word]
+        return recovery.decision(self.outgoings, found, is_worked_on=self.working)
 
     def restart_destination(self) -> None:
         """A new agent, which knows what is on the disk."""

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from migrator.cli.main import main
+from migrator.v1 import migration_pb2
 from tests.fakes.agent import FakeAgent
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +188,13 @@ def test_migrate_tells_phases_and_one_object(agent: FakeAgent) -> None:
     assert found["error"] is None
     assert [line.split()[1] for line in result.stderr.splitlines()] == ["preflight", "precopy", "handover"]
     assert "ct101 moved from host-a to host-b" in run(agent, "migrate", "ct101", "host-b").stdout
+
+
+def test_a_migration_that_waits_is_queued(agent: FakeAgent) -> None:
+    agent.migrations.by_name["m1"] = migration_pb2.Migration(name="m1", container="ct101", queue_position=2)
+    (found,) = json.loads(run(agent, "migrations", "ls", "-o", "json").stdout)
+    assert (found["outcome"], found["queue_position"]) == ("queued", 2)
+    assert "queued (2)" in run(agent, "migrations", "ls").stdout
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_the_example_is_understood() -> None:
         ('host = "a"\n[network]\nbrigde = "br0"', "did you mean network.bridge"),
         ('host = "a"\nstate_dir = "var/lib"', "not an absolute path"),
         ('host = "a"\npool_size = "lots"', "pool_size"),
+        ('host = "a"\nmax_migrations = 0', "max_migrations: 0 is not between 1 and 64"),
         ('host = "a"\npool_size = "1MiB"', "less than"),
         ('host = "A_b"', "host"),
         ('host = "a"\ncgroup_parent = "../x"', "cgroup_parent"),
