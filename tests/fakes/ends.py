@@ -176,7 +176,15 @@ class FakeMemory:
 class FakeLeaving:
     """A container at the source (`migrator.ports.LeavingContainer`)."""
 
-    def __init__(self, folder: Path, world: World, calls: Calls, state: "container_pb2.ContainerState" = LIVE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        calls: Calls,
+        state: "container_pb2.ContainerState" = LIVE,
+        *,
+        ended: bool = False,
+    ) -> None:
         folder.mkdir()
         self.name = "ct"
         self.spec = container_pb2.ContainerSpec(image="i", volumes=[container_pb2.Volume(size_bytes=VOLUME_BYTES)])
@@ -194,7 +202,7 @@ class FakeLeaving:
         self.images = folder / "images"
         self.frozen = self.disconnected = self.fs_frozen = self.killed = self.removed = self.criu_holds = False
         self.guarded = False
-        self.ended = False
+        self.ended = ended
         self._world = world
         self._call = calls
         self._live = state == LIVE
@@ -326,6 +334,11 @@ class FakeLeaving:
 
     def has_ended(self) -> bool:
         return self.ended
+
+    def start_again(self) -> None:
+        """As the agent or an operator starts a container that has ended."""
+        self.ended = False
+        self._update()
 
     def reboot(self) -> None:
         """Its host was rebooted: what is on the disk is there."""
@@ -473,17 +486,19 @@ class FakeArrivalHost:
         return peer_pb2.ExamineResponse(host="b", last_epoch=3, features=FEATURES)
 
     def reserve(self, request: peer_pb2.PrepareRequest) -> FakeReservation:
-        folder = self._folder / str(next(self._numbers))
-        made = FakeReservation(folder, self._world, self._call, request.state == LIVE)
+        made = self._make(self._folder / str(next(self._numbers)), live=request.state == LIVE)
         made.reserve()
         self._states[request.migration] = request.state
         self.reservations[request.migration] = made
         return made
 
     def reserved(self, migration: str, container: str) -> tuple[FakeReservation, "container_pb2.ContainerState"]:
-        nothing = FakeReservation(self._folder / "nothing", self._world, self._call, live=False)
+        nothing = self._make(self._folder / "nothing", live=False)
         state = self._states.get(migration, container_pb2.CONTAINER_STATE_STOPPED)
         return self.reservations.get(migration, nothing), state
+
+    def _make(self, folder: Path, *, live: bool) -> FakeReservation:
+        return FakeReservation(folder, self._world, self._call, live)
 
     def left(self) -> set[str]:
         return set().union(*(made.left for made in self.reservations.values()))
@@ -493,8 +508,11 @@ class LoopbackPeer:
     """The destination in the same process (`migrator.ports.Peer`). A fault before is a lost question, one after a lost
     answer; while `reachable` is False nothing gets through. `intercept` is told of each call, and may raise."""
 
-    def __init__(self, host: str, arrival_host: FakeArrivalHost, arrivals: Arrivals, calls: Calls) -> None:
+    def __init__(
+        self, host: str, arrival_host: FakeArrivalHost, arrivals: Arrivals, calls: Calls, source: str = "a"
+    ) -> None:
         self.host = host
+        self._source = source
         self.reachable = True
         self.arrivals = arrivals
         self._arrival_host = arrival_host
@@ -522,17 +540,17 @@ class LoopbackPeer:
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         with self._wire("prepare"):
-            return self.arrivals.prepare("a", request)
+            return self.arrivals.prepare(self._source, request)
 
     def keep_snapshots(self, migration: str, epoch: int) -> None:
         with self._wire("keep snapshots"):
-            self.arrivals.get("a", migration, epoch).keep_snapshots()
+            self.arrivals.get(self._source, migration, epoch).keep_snapshots()
 
     def digest_volume(
         self, migration: str, epoch: int, target: str, chunk_bytes: int
     ) -> Iterator[peer_pb2.DigestVolumeResponse]:
         with self._wire("digest"):
-            yield from self.arrivals.get("a", migration, epoch).digest(target, chunk_bytes)
+            yield from self.arrivals.get(self._source, migration, epoch).digest(target, chunk_bytes)
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
         with self._wire("send"):
@@ -540,7 +558,7 @@ class LoopbackPeer:
             pieces = self._pieces(outbound.attempt())
             first = next(pieces, None)
             if first is not None:
-                for answer in self.arrivals.get("a", first.migration, first.epoch).send(pieces, first):
+                for answer in self.arrivals.get(self._source, first.migration, first.epoch).send(pieces, first):
                     outbound.answered(answer)
             outbound.check_complete()
 
@@ -551,22 +569,22 @@ class LoopbackPeer:
 
     def hold_traffic(self, migration: str, epoch: int, neighbours: Sequence[Neighbour]) -> None:
         with self._wire("hold traffic"):
-            self.arrivals.get("a", migration, epoch).hold_traffic(neighbours)
+            self.arrivals.get(self._source, migration, epoch).hold_traffic(neighbours)
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
         with self._wire("restore"):
-            steps = self.arrivals.get("a", migration, epoch).restore(digests)
+            steps = self.arrivals.get(self._source, migration, epoch).restore(digests)
         return [peer_pb2.TimedStep(name=name, duration_ms=ms) for name, ms in steps.items()]
 
     def stage(self, migration: str, epoch: int) -> "peer_pb2.ArrivalStage":
         with self._wire("stage"):
-            name = self.arrivals.stage("a", migration, epoch).upper()
+            name = self.arrivals.stage(self._source, migration, epoch).upper()
             return peer_pb2.ArrivalStage.Value(f"ARRIVAL_STAGE_{name}")
 
     def decide(self, migration: str, epoch: int, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
         with self._wire("decide"):
             request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
-            return self.arrivals.decide("a", request)
+            return self.arrivals.decide(self._source, request)
 
 
 class FaultyOutgoings:
