@@ -8,8 +8,9 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from blockdev.extents import Range, merge
 from migrator.errors import MigratorError
@@ -37,12 +38,16 @@ class WriteProtectWatch:
     def scan(self, source: Pagemap, areas: Sequence[Mapping]) -> Scan:
         """See Watch."""
         unknown = subtract([Range(area.start, area.end) for area in areas], self._looked_at)
-        found = [None if _has_part_of(area, unknown) else self._known(source, area) for area in areas]
-        self._register_rows([area for area, regions in zip(areas, found, strict=True) if regions is None])
+        rows = list(_rows(areas, unknown))
+        found = [self._known(source, row.areas) if row.is_known else None for row in rows]
+        self._register_rows(
+            [area for row, regions in zip(rows, found, strict=True) if regions is None for area in row.areas]
+        )
         result = Scan()
-        for area, regions in zip(areas, found, strict=True):
+        for row, regions in zip(rows, found, strict=True):
             if regions is None:
-                result.add(self._new(source, area, pagemap.PRIVATE), all_written=True)
+                for area in row.areas:
+                    result.add(self._new(source, area, pagemap.PRIVATE), all_written=True)
             else:
                 result.add(regions)
         self._looked_at = merge(Range(area.start, area.end) for area in areas)
@@ -62,10 +67,11 @@ class WriteProtectWatch:
         """The kernel takes the protection away."""
         os.close(self._descriptor)
 
-    def _known(self, source: Pagemap, area: Mapping) -> list[Region] | None:
-        """All that is populated in a mapping, with what was written told; None if it is not registered."""
+    def _known(self, source: Pagemap, row: Sequence[Mapping]) -> list[Region] | None:
+        """All that is populated in a row of mappings, with what was written told; None if one is not registered. By
+        then others of the row may have been protected anew: what was written in them is not known any more."""
         try:
-            return list(source.scan(area.start, area.end, pagemap.PRIVATE, protect=True))
+            return list(source.scan(row[0].start, row[-1].end, pagemap.PRIVATE, protect=True))
         except PermissionError:
             return None
 
@@ -114,6 +120,28 @@ class WriteProtect:
             os.close(injected.descriptor)
             raise
         return WriteProtectWatch(injected.descriptor)
+
+
+class _Row(NamedTuple):
+    """Mappings without a gap between them. A look costs as much as some hundred pages, and a program has hundreds."""
+
+    areas: list[Mapping]
+    is_known: bool
+
+
+def _rows(areas: Sequence[Mapping], unknown: list[Range]) -> Iterator[_Row]:
+    row: list[Mapping] = []
+    for area in areas:
+        known = not _has_part_of(area, unknown)
+        if row and (not known or row[-1].end != area.start):
+            yield _Row(row, is_known=True)
+            row = []
+        if known:
+            row.append(area)
+        else:
+            yield _Row([area], is_known=False)
+    if row:
+        yield _Row(row, is_known=True)
 
 
 def _has_part_of(area: Mapping, ranges: list[Range]) -> bool:
