@@ -163,6 +163,9 @@ def config(
         "resources": resources(spec),
         "maskedPaths": list(MASKED_FILES),
         "readonlyPaths": list(READ_ONLY),
+        # Where the host's mounts are shared, as systemd makes them, the container's would be slaves of theirs, and CRIU
+        # takes the masks for a part of the root.
+        "rootfsPropagation": "rprivate",
     }
     if not spec.seccomp_unconfined:
         linux["seccomp"] = seccomp.profile(capabilities(spec))

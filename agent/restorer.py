@@ -23,6 +23,7 @@ from pycriu import rpc_pb2 as rpc
 from agent import namespaces
 from agent.cgroup import Cgroup
 from agent.processes import Process
+from blockdev import kernel
 
 GO, VERDICT, SAID = "go", "verdict", "said"
 RESTORER, HOLDING = "restorer.pid", "holding.pid"
@@ -32,6 +33,7 @@ INHERIT = "inherit"
 
 _MESSAGE_BYTES = 1 << 20
 _DESCRIPTORS = 4
+_MS_PRIVATE = 1 << 18  # of mount(2)
 _ORDERS = "orders.json"
 _CREDENTIALS = struct.Struct("=iII")
 
@@ -118,15 +120,17 @@ class _Restore:
 
     def run(self, request: rpc.criu_req) -> int:
         """Until CRIU has ended."""
-        if self._prepare():
+        if self._prepare(Path(request.opts.root)):
             self._amend(request.opts)
             self._criu.socket.send(request.SerializeToString())
             while self._relay():
                 pass
         return self._criu.end()
 
-    def _prepare(self) -> bool:
-        """Wait until everything is there, and start CRIU."""
+    def _prepare(self, bound: Path) -> bool:
+        """Wait until everything is there, and start CRIU. `bound` is runc's mount of the folder as it is now."""
+        # What is mounted on the folder next would be mounted there, too, where mounts are shared, and be left behind.
+        kernel.mount("none", bound, "", _MS_PRIVATE)
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
         if self._ask("warm", GO, RESTORER) != "go":
