@@ -131,6 +131,7 @@ class _Restore:
         """Wait until everything is there, and start CRIU. `bound` is runc's mount of the folder as it is now."""
         # What is mounted on the folder next would be mounted there, too, where mounts are shared, and be left behind.
         kernel.mount("none", bound, "", _MS_PRIVATE)
+        self._warm_up()
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
         if self._ask("warm", GO, RESTORER) != "go":
@@ -139,6 +140,15 @@ class _Restore:
         # Not /bin/sh, which may not know descriptors of two digits.
         self._criu.become([*(["bash", str(inherit)] if inherit.exists() else []), self._orders.criu])
         return True
+
+    def _warm_up(self) -> None:
+        """Have CRIU probe the kernel, for 40 ms; what it finds it keeps in /run/criu.kdat until the next boot."""
+        first = Criu(self._orders.network)
+        first.become([self._orders.criu])
+        question = rpc.criu_req(type=rpc.FEATURE_CHECK, features=rpc.criu_features(mem_track=False))
+        first.socket.send(question.SerializeToString())
+        first.socket.recv(_MESSAGE_BYTES)
+        first.end()
 
     def _amend(self, options: rpc.criu_opts) -> None:
         """CRIU looks for its folders among the descriptors of the process that has made its socket: now this one."""
