@@ -1,43 +1,22 @@
 """Memory that is written while it moves: never a wrong byte, no growing pause, and what is done about fast writers."""
 
-import base64
-import re
 import statistics
-import subprocess
-from pathlib import Path
 
 import pytest
 
+from tests.lab import victim
 from tests.lab.lab_kit import HOSTS, Lab, eventually
+from tests.lab.victim import start, told
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]
 
-SOURCE = Path(__file__).parents[1] / "contract" / "fill_victim.c"
 A, B = HOSTS
 THERE_AND_BACK = ((A, B), (B, A))
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A process that knows what its memory has to hold, linked statically, in base64."""
-    path = tmp_path_factory.mktemp("victim") / "victim"
-    subprocess.run(["cc", "-O2", "-static", "-pthread", "-o", path, SOURCE], check=True)
-    return base64.b64encode(path.read_bytes()).decode()
-
-
-def start(lab: Lab, program: str, scenario: str, mib: int) -> None:
-    lab.image(A, "tools", "nginx-light", "python3")
-    command = f"until test -e /go; do sleep 0.05; done; exec /victim /out /go {scenario} {mib}"
-    lab.start(A, scenario, "tools", "--disk", "1GiB", command=["sh", "-c", command])
-    push = "base64 -d >/victim && chmod +x /victim && touch /go"
-    lab.exec(A, scenario, "sh", "-c", push, stdin=program)
-    eventually("it goes round", lambda: told(lab, A, scenario)[0] > 0, 30)
-
-
-def told(lab: Lab, host: str, name: str) -> tuple[int, int]:
-    """Rounds, and how much was wrong."""
-    found = re.match(r"rounds (\d+) +bad (\d+)", lab.exec(host, name, "cat", "/out"))
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+def program() -> str:
+    return victim.compiled()
 
 
 def test_never_a_wrong_byte(lab: Lab, program: str) -> None:
