@@ -301,8 +301,10 @@ def _end_in_region(a: Assembler) -> None:
 
 def _mark_blocks(a: Assembler) -> None:
     """Mark from register 1 up to register 2, which is more, in the region at register 0."""
+    # What register 2 may be the verifier forgets when it compares two registers (Linux 6.1 does, 6.12 does not).
+    a.emit(bpf.JUMP_AT_LEAST_IMMEDIATE, 1, value=_REGION_BLOCKS, offset=5)
     a.emit(bpf.SET, 3, 0)
     a.emit(bpf.ADD, 3, 1)
     a.emit(bpf.STORE8_IMMEDIATE, 3, value=1)
     a.emit(bpf.ADD_IMMEDIATE, 1, value=1)
-    a.emit(bpf.JUMP_BELOW, 1, 2, offset=-5)
+    a.emit(bpf.JUMP_BELOW, 1, 2, offset=-6)
