@@ -22,7 +22,8 @@ from migrator.errors import ExecutionError
 from migrator.images import last_errors
 from migrator.shm.images import Amended
 
-WARM_TIMEOUT_S = 20.0
+# Before the freeze: there is time.
+WARM_TIMEOUT_S = 120.0
 HELD_TIMEOUT_S = 20.0
 RUN_TIMEOUT_S = 30.0
 TELL_TIMEOUT_S = 1.0

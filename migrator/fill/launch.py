@@ -12,7 +12,7 @@ from migrator.fill.status import State, Status
 LOG = "fill.log"
 
 
-def launch(places: Places, timeout_s: float = 30.0) -> "subprocess.Popen[bytes]":
+def launch(places: Places, timeout_s: float = 120.0) -> "subprocess.Popen[bytes]":
     """Start the fill and return it once `criu restore --lazy-pages` may start with the same work directory.
 
     It is in a session of its own and outlives this process. It takes about 0.2 s: before the freeze. The images need
