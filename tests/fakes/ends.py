@@ -481,9 +481,10 @@ class FakeArrivalHost:
         self._numbers = itertools.count()
         self._states: dict[str, container_pb2.ContainerState] = {}
         self.reservations: dict[str, FakeReservation] = {}
+        self.features: Sequence[str] = FEATURES
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
-        return peer_pb2.ExamineResponse(host="b", last_epoch=3, features=FEATURES)
+        return peer_pb2.ExamineResponse(host="b", last_epoch=3, features=self.features)
 
     def reserve(self, request: peer_pb2.PrepareRequest) -> FakeReservation:
         made = self._make(self._folder / str(next(self._numbers)), live=request.state == LIVE)
