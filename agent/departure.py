@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
@@ -364,11 +364,11 @@ class _Dump:
         self._shm = shm
         self._pageless = pageless
 
-    def dump(self, sent: Sequence[os.stat_result]) -> None:
+    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
         """Write the images; on return the tasks are stopped by CRIU and by the control group."""
         if self._request.parent is not None and self._pageless is not None:
             self._pageless.prepare(self._request.parent, {pid: pid_inside(pid) for pid in self._cgroup.pids()})
-        self._criu.dump(self._request, DUMP_TIMEOUT_S, sent)
+        self._criu.dump(self._request, DUMP_TIMEOUT_S, sent, check)
         self._cgroup.freeze()
         shm_folder.pack(self._shm, self._request.images)
 

@@ -145,6 +145,7 @@ def _options() -> list[tuple[str, Any]]:
         # A dead client is noticed as quickly as a dead server, and clients may ping as often as ours do.
         ("grpc.keepalive_time_ms", channel.KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", channel.KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", channel.HANG_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         ("grpc.http2.max_ping_strikes", 0),

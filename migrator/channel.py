@@ -12,7 +12,9 @@ MESSAGE_BYTES = 4 << 20
 # A dead peer is noticed within KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS; the server has to allow pings as often.
 KEEPALIVE_MS = 3000
 KEEPALIVE_TIMEOUT_MS = 2000
-# The same while a container stands still for the call; data on the same connection would hold such pings up.
+# A peer whose kernel answers, and not its process: more, since that one may be busy. gRPC's own default is a minute.
+HANG_TIMEOUT_MS = 5000
+# As the first two while a container stands still for the call; data on the same connection would hold such pings up.
 URGENT_KEEPALIVE_MS = 400
 URGENT_KEEPALIVE_TIMEOUT_MS = 800
 
@@ -36,6 +38,8 @@ def options(name: str = "", *, urgent: bool = False) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", every_ms),
         ("grpc.keepalive_timeout_ms", timeout_ms),
+        # The above becomes TCP_USER_TIMEOUT: for a host that is silent. This is for a process that hangs.
+        ("grpc.http2.ping_timeout_ms", HANG_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", int(urgent)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),

@@ -11,12 +11,14 @@ pycriu's own helper, which forks: forking is unsafe once gRPC has threads.
 import os
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import structlog
 from pycriu import rpc_pb2 as rpc
 
 from migrator.errors import ExecutionError
@@ -28,6 +30,8 @@ from migrator.shm.preload import LeaveOut
 MESSAGE_BYTES = 1 << 20
 GHOST_LIMIT_BYTES = 1 << 30
 LOG = "dump.log"
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Criu:
     """A waiting CRIU process; use as a context manager. At the end it rolls back, unless the tasks are dead by then."""
 
     ROLLBACK_S = 5.0
+    KILL_S = 5.0
+    # How often a dump that takes its time is asked about.
+    CHECK_S = 0.05
 
     def __init__(
         self, program: str, environment: Mapping[str, str], network: Path, pageless: Pageless | None = None
@@ -109,35 +116,60 @@ class Criu:
     def kill(self) -> None:
         """End CRIU at once; what it holds stays as the control group has it."""
         self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(self.KILL_S)
+        except subprocess.TimeoutExpired:
+            log.error("CRIU does not die: it is in an uninterruptible wait, and is left alone", pid=self.pid)
 
-    def dump(self, request: DumpRequest, timeout_s: float, sent: Sequence[os.stat_result] = ()) -> None:
+    def dump(
+        self,
+        request: DumpRequest,
+        timeout_s: float,
+        sent: Sequence[os.stat_result] = (),
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Dump the tree into `request.images` and return with its tasks stopped.
 
         `sent` are objects of shared memory whose contents are left out, by their state now that the tasks are frozen.
+        `check` is called now and then; what it raises ends the dump.
 
         Raises ExecutionError with the last errors of CRIU's log; the tasks are let go then.
         """
-        log = request.work / LOG
+        deadline = time.monotonic() + timeout_s
+        criu_log = request.work / LOG
         if self._leave_out is not None:
             self._leave_out.tell(sent)
         images = os.open(request.images, os.O_RDONLY | os.O_DIRECTORY)
         work = os.open(request.work, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            self._socket.settimeout(timeout_s)
+            self._socket.settimeout(self.CHECK_S)
             self._socket.send(_dump_message(request, images, work).SerializeToString())
-            while (answer := self._receive()).type == rpc.NOTIFY:
+            while (answer := self._await(deadline, check)).type == rpc.NOTIFY:
                 if answer.notify.script == "post-dump":
                     rearm_timers(request.images)
                     return
                 self._socket.send(rpc.criu_req(type=rpc.NOTIFY, notify_success=True).SerializeToString())
+        except TimeoutError as error:
+            raise ExecutionError(
+                f"CRIU has not dumped process {request.pid} within {timeout_s:g} s: it is ended{last_errors(criu_log)}",
+                reason="DUMP_FAILED",
+            ) from error
         except OSError as error:
-            raise ExecutionError(f"CRIU went away during the dump: {error}{last_errors(log)}") from error
+            raise ExecutionError(f"CRIU went away during the dump: {error}{last_errors(criu_log)}") from error
         finally:
             os.close(images)
             os.close(work)
-        reason = last_errors(log) or answer.cr_errmsg or os.strerror(answer.cr_errno)
+        reason = last_errors(criu_log) or answer.cr_errmsg or os.strerror(answer.cr_errno)
         raise ExecutionError(f"CRIU could not dump process {request.pid}: {reason}", reason="DUMP_FAILED")
+
+    def _await(self, deadline: float, check: Callable[[], None]) -> rpc.criu_resp:
+        while True:
+            try:
+                return self._receive()
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+                check()
 
     def _receive(self) -> rpc.criu_resp:
         message = self._socket.recv(MESSAGE_BYTES)

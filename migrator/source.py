@@ -94,6 +94,7 @@ class Departure:
         self._log_bytes = 0
         self._epoch = 0
         self._frozen_at = 0.0
+        self._failed_at = 0.0
         self._touched = False
         self._failure: MigratorError | BlockError | OSError | None = None
         peer.watch(progress.check)
@@ -142,6 +143,7 @@ class Departure:
                 self._progress.commit()
             except BaseException as error:
                 self._failure = error if isinstance(error, FAILURES) else None
+                self._failed_at = time.monotonic()
                 self._abort()  # durable before anything is thawed
                 raise
             with phase("handover"):
@@ -266,7 +268,7 @@ class Departure:
             sent = beside.submit(self._peer.send, rounds.last(dumped))
             try:
                 with step("dump"):
-                    checkpoint.dump(left_out)
+                    checkpoint.dump(left_out, self._progress.check)
             except BaseException as error:
                 dumped.set_exception(error)
                 raise
@@ -314,6 +316,7 @@ class Departure:
         answer, round_trip_ms = answers.ask(record, self._here.host, self._peer, self._journal, self._progress)
         if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
             by_operator = self._journal.hear(self._name, Stage.REFUSED).by_operator
+            self._failed_at = time.monotonic()
             raise recovery.refused(record, self._here.host, by_operator=by_operator)
         by_operator = self._journal.hear(self._name, Stage.OWNER).by_operator
         faults.point("source.owner")
@@ -345,7 +348,7 @@ class Departure:
         try:
             return self._journal.release(self._name)
         except MigratorError as error:
-            self._failure = error
+            self._failure, self._failed_at = error, time.monotonic()
             try:
                 self._journal.abort(self._name)
             except HandoverError:
@@ -391,10 +394,12 @@ class Departure:
         record = self._journal.get(self._name)
         if record is None or not record.may_thaw:
             return
-        began = time.monotonic()
         self._container.resume()
+        took_ms = (time.monotonic() - self._failed_at) * 1000
+        if self._touched:
+            self._progress.note(f"rolled back: it went on {took_ms:.0f} ms after that was decided")
         self._touched = False
-        log.info("resumed at the source", migration=self._name, ms=round((time.monotonic() - began) * 1000, 1))
+        log.info("resumed at the source", migration=self._name, ms=round(took_ms, 1))
 
     def _close(self) -> None:
         """The end of a way back. A destination that does not hear of it asks by itself and cleans up."""

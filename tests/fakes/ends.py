@@ -268,7 +268,8 @@ class FakeLeaving:
             with self._call("source.end of CRIU"):
                 pass
 
-    def dump(self, sent: Sequence[os.stat_result]) -> None:
+    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
+        check()
         self.left_out = len(sent)
         with self._call("source.dump"):
             assert self.frozen

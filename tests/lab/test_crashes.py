@@ -5,6 +5,7 @@ of it, and the next migration works. What the client sees is the measure of how 
 """
 
 import time
+from typing import Any
 
 import pytest
 
@@ -140,3 +141,31 @@ def test_restart_disturbs_nothing(ready: Crashes) -> None:
             ready.lab.lab("start", host)
         ready.settled(moved=False)
     assert seen["longest_ms"] < 200, seen
+
+
+@pytest.mark.parametrize(
+    ("host", "point"),
+    [
+        (A, "source.freeze"),
+        (A, "source.dump"),
+        (A, "source.final"),
+        (B, "destination.hold"),
+        (B, "destination.restore"),
+        (A, "source.ready"),
+    ],
+)
+def test_failure_in_the_freeze(ready: Crashes, host: str, point: str) -> None:
+    """It goes on at once: what the client notices is the freeze as far as it came, and the way back."""
+    ready.ask(host, point, "fail")
+    with ready.counting() as seen:
+        code, report = ready.lab.try_migrate(NAME, A, B)
+        assert (code, report["outcome"], report["where_running"]) == (6, "rolled_back", A), report
+        assert point in report["error"]["message"]
+        ready.forget()
+        ready.settled(moved=False)
+    print(f"{point}: failed, longest gap {seen['longest_ms']:.0f} ms, {notes(report)}")
+    assert seen["longest_ms"] < 1500, seen
+
+
+def notes(report: dict[str, Any]) -> str:
+    return ", ".join(note for note in report["notes"] if note.startswith("rolled back"))
