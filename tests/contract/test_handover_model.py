@@ -579,8 +579,8 @@ class Handovers(RuleBasedStateMachine):
             self.mend()
             left = [host for host in self.hosts.values() if host.exists]
             for turn in range(8):
-                for host in left:
-                    self.start(host.name)
+                # The destination's question may come first.
+                for host in left if turn else reversed(left):
                     self.work(host.name, [], long=True)
                     if turn > 2 and len(left) < 2:
                         self.resolve(host)
