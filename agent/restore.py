@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
+from agent.restorer import GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator.errors import ExecutionError
 from migrator.images import last_errors
@@ -120,6 +120,8 @@ class HeldRestore:
 
     def give_up(self) -> None:
         """Have whoever waits end without running anything. Repeatable."""
+        if self._folder.is_dir():
+            (self._folder / GIVEN_UP).touch()  # for one that has not come as far as to listen
         for name in (GO, VERDICT):
             _tell(self._folder / name, "give-up", must_be_heard=False)
         # It may be in the middle of the restore.

@@ -28,6 +28,8 @@ from blockdev import kernel
 GO, VERDICT, SAID = "go", "verdict", "said"
 RESTORER, HOLDING = "restorer.pid", "holding.pid"
 """Where it notes itself: when runc has asked for the restore, and when every task is held."""
+GIVEN_UP = "given-up"
+"""There when nobody will ever answer: it may only come to ask afterwards."""
 INHERIT = "inherit"
 """A script that opens what CRIU inherits and becomes the command that it is given, where there is one by then."""
 
@@ -134,7 +136,7 @@ class _Restore:
         self._warm_up()
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
-        if self._ask("warm", GO, RESTORER) != "go":
+        if ask(self._folder, "warm", GO, RESTORER) != "go":
             return False
         inherit = self._folder / INHERIT
         # Not /bin/sh, which may not know descriptors of two digits.
@@ -179,13 +181,13 @@ class _Restore:
 
     def _may_go_on(self, moment: str) -> bool:
         if moment == "post-restore":
-            return self._ask("held", VERDICT, HOLDING) == "run"
+            return ask(self._folder, "held", VERDICT, HOLDING) == "run"
         if moment == "pre-resume":
             if self._orders.freeze:
                 self._begin_to_freeze()
-            self._say("resuming")
+            _say(self._folder, "resuming")
         if moment == "post-resume":
-            self._say("running")
+            _say(self._folder, "running")
         return True
 
     def _begin_to_freeze(self) -> None:
@@ -194,19 +196,26 @@ class _Restore:
             (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(pid))
         Cgroup(self._orders.group).begin_to_freeze()
 
-    def _ask(self, word: str, pipe: str, note: str) -> str:
-        """Say the word and wait for what is answered; the note tells a later agent that an answer is awaited."""
-        process = Process.find(os.getpid())
-        assert process is not None
-        # Opened to write as well: it does not end when an agent does.
-        with (self._folder / pipe).open("r+b", buffering=0) as answers:
-            process.note(self._folder / note)
-            self._say(word)
-            return answers.readline().decode().rstrip("\n")
 
-    def _say(self, word: str) -> None:
-        with (self._folder / SAID).open("r+b", buffering=0) as said:
-            said.write(f"{word}\n".encode())
+def ask(folder: Path, word: str, pipe: str, note: str) -> str:
+    """Say the word and wait for what is answered; the note tells a later agent that an answer is awaited.
+
+    Empty if the agent has given up before.
+    """
+    process = Process.find(os.getpid())
+    assert process is not None
+    # Opened to write as well: it does not end when an agent does.
+    with (folder / pipe).open("r+b", buffering=0) as answers:
+        process.note(folder / note)
+        if (folder / GIVEN_UP).exists():
+            return ""
+        _say(folder, word)
+        return answers.readline().decode().rstrip("\n")
+
+
+def _say(folder: Path, word: str) -> None:
+    with (folder / SAID).open("r+b", buffering=0) as said:
+        said.write(f"{word}\n".encode())
 
 
 if __name__ == "__main__":
