@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import arriving_snapshots, examination, oci, shm_folder
+from agent import admission, examination, oci, shm_folder
 from agent.arriving_memory import ArrivingMemory
 from agent.arriving_snapshots import ArrivingSnapshots
 from agent.assembly import interfaces, volume_name
@@ -23,9 +23,9 @@ from agent.restore import HeldRestore
 from agent.restorer import Orders
 from agent.rootfs import User
 from agent.runtime import Launch, Restore, find_program
-from agent.specs import check_arrival, check_binds
+from agent.specs import check_binds
 from blockdev.blocks import Piece
-from migrator.errors import ExecutionError, NotFound
+from migrator.errors import AlreadyExists, ExecutionError, NotFound, Precondition
 from migrator.hold import TrafficHold
 from migrator.network import Neighbour
 from migrator.shm import images as shared_images
@@ -88,6 +88,8 @@ class Arriving:
 
     def reserve(self) -> None:
         """Take name and room, make empty volumes, the bundle and the network; undone if that fails."""
+        if self._folder.exists():
+            raise AlreadyExists(f"migration {self._request.migration} is another one here")
         with ExitStack() as undo:
             self._managers.containers.reserve(self._name, self._spec, self._request.create_time_ms)
             undo.callback(self.discard)
@@ -305,7 +307,7 @@ class ArrivingHost:
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         """Read-only."""
-        check_arrival(request.container, request.spec)
+        admission.check_container(self._managers.config, request.container, request.spec)
         return peer_pb2.ExamineResponse(
             host=self._here.host,
             objections=examination.objections(self._managers, request, frozenset(self._here.cpu_flags)),
@@ -315,11 +317,18 @@ class ArrivingHost:
             last_epoch=self._incomings.last_epoch(request.container),
         )
 
+    def check(self, request: peer_pb2.PrepareRequest) -> None:
+        """Read-only; the container must not be in the way of another one either, whoever has asked before."""
+        admission.check(self._managers.config, request)
+        check_binds(request.spec)
+        asked = peer_pb2.ExamineRequest(
+            container=request.container, spec=request.spec, memory_bytes=request.memory_bytes
+        )
+        for objection in examination.objections(self._managers, asked, frozenset(self._here.cpu_flags)):
+            raise Precondition(objection.message, reason=objection.reason)
+
     def reserve(self, request: peer_pb2.PrepareRequest) -> Arriving:
         """Undone by itself if it fails."""
-        check_arrival(request.container, request.spec)
-        check_binds(request.spec)
-        arriving_snapshots.check(request)
         arriving = Arriving(self._managers, request)
         arriving.reserve()
         return arriving

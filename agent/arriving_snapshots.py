@@ -1,6 +1,7 @@
 """Snapshots that come with a container: stored piece by piece, and this host's own once all of them are complete."""
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +11,12 @@ from agent.snapshots import SnapshotKeeper, check_name
 from agent.specs import check_arrival
 from blockdev import blocks, durable, reflink
 from blockdev.blocks import Piece
+from migrator import wire
 from migrator.errors import InvalidArgument, PeerError
 from migrator.v1 import container_pb2, peer_pb2
 
 LIMIT = 1000
+NUMBERS = re.compile(r"(0|[1-9][0-9]{0,3})/(0|[1-9][0-9]?)")
 
 
 class ArrivingSnapshots:
@@ -69,6 +72,15 @@ class ArrivingSnapshots:
     def _file(self, number: int, index: int) -> int:
         if (found := self._files.get((number, index))) is not None:
             return found
+        # The oldest first: a chain of them may be longer than Python's stack.
+        chain = [number]
+        while (base := self._wanted[chain[-1]].base) and (base - 1, index) not in self._files:
+            chain.append(base - 1)
+        for each in reversed(chain):
+            descriptor = self._make(each, index)
+        return descriptor
+
+    def _make(self, number: int, index: int) -> int:
         if self._is_kept or self._is_closed:
             raise PeerError(f"snapshot {number} is complete already", reason="OUT_OF_ORDER")
         if number not in self._folders:
@@ -76,7 +88,6 @@ class ArrivingSnapshots:
         path = self._keeper.store.image_in(self._folders[number], index)
         wanted = self._wanted[number]
         if wanted.base:
-            self._file(wanted.base - 1, index)
             reflink.clone(self._keeper.store.image_in(self._folders[wanted.base - 1], index), path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._open.callback(os.close, descriptor)
@@ -98,17 +109,19 @@ class ArrivingSnapshots:
 
     def _parse(self, name: str) -> tuple[int, int]:
         number, _, index = name.partition("/")
-        is_wanted = number.isdecimal() and index.isdecimal() and len(name) < 16 and int(number) < len(self._wanted)
+        is_wanted = NUMBERS.fullmatch(name) and int(number) < len(self._wanted)
         if not is_wanted or int(index) >= len(self._wanted[int(number)].volumes):
-            raise PeerError(f"'snapshot/{name}' is nothing that is expected here", reason="OUT_OF_ORDER")
+            raise PeerError(f"snapshot {wire.shown(name)} is nothing that is expected here", reason="OUT_OF_ORDER")
         return int(number), int(index)
 
 
 def check(request: peer_pb2.PrepareRequest) -> None:
     """Raises InvalidArgument for snapshots that cannot be this container's."""
     snapshots = request.snapshots
+    if len(snapshots) > LIMIT:
+        raise InvalidArgument(f"{request.container} comes with {len(snapshots)} snapshots: {LIMIT} are possible")
     names = {check_name(snapshot.name) for snapshot in snapshots}
-    if len(names) != len(snapshots) or len(names) > LIMIT or sum(snapshot.is_current for snapshot in snapshots) > 1:
+    if len(names) != len(snapshots) or sum(snapshot.is_current for snapshot in snapshots) > 1:
         raise InvalidArgument(f"{request.container} comes with {len(snapshots)} snapshots that do not go together")
     for number, snapshot in enumerate(snapshots):
         spec = container_pb2.ContainerSpec()
@@ -116,6 +129,7 @@ def check(request: peer_pb2.PrepareRequest) -> None:
         del spec.volumes[:]
         spec.volumes.extend(snapshot.volumes)
         check_arrival(request.container, spec)
+        wire.check_time(snapshot.create_time_ms, "create_time_ms")
         if [v.filesystem for v in spec.volumes] != [v.filesystem for v in request.spec.volumes]:
             raise InvalidArgument(f"snapshot {snapshot.name} has other volumes than {request.container}")
         if not (0 <= snapshot.parent <= number and 0 <= snapshot.base <= number):

@@ -12,6 +12,7 @@ from agent.publish import check_free
 from blockdev import pool
 from migrator.errors import MigratorError, NotFound
 from migrator.v1 import container_pb2, peer_pb2
+from migrator.wire import memory_available_bytes
 
 # Beside the container's own bytes: the file systems' and the images' bookkeeping.
 SPARE_BYTES = 64 << 20
@@ -78,14 +79,6 @@ def _room(managers: Managers, request: peer_pb2.ExamineRequest) -> Iterator[peer
 
 def _addresses(spec: container_pb2.ContainerSpec) -> set[str]:
     return {address.partition("/")[0] for interface in spec.interfaces for address in interface.addresses}
-
-
-def memory_available_bytes() -> int:
-    """MemAvailable of /proc/meminfo (proc(5))."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def cpu_flags() -> frozenset[str]:

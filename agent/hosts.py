@@ -18,6 +18,7 @@ from agent.runtime import find_program
 from migrator import status
 from migrator.errors import ExecutionError, MigratorError
 from migrator.v1 import host_pb2, host_pb2_grpc
+from migrator.wire import memory_available_bytes
 
 ANSWER_S = 2.0
 PROGRAM_S = 5.0
@@ -44,7 +45,7 @@ class Hosts:
             criu_version=criu_version(),
             architecture=platform.machine(),
             cpu_flags=sorted(examination.cpu_flags()),
-            memory_available_bytes=examination.memory_available_bytes(),
+            memory_available_bytes=memory_available_bytes(),
             disk_available_bytes=shutil.disk_usage(self._pool).free,
             containers_running=sum(record.state.is_live for record in records),
             containers_total=len(records),

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from sqlite3 import Cursor, Row
 
 from agent.database import Database
-from migrator import handover
+from migrator import handover, wire
 from migrator.errors import NotFound
 from migrator.handover import Decision, HandoverError, Incoming, Keep, Outgoing, Stage
 
+# Records that are kept when all is done: the other end may have been away since, and may ask.
+KEPT = 1000
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS epochs (
     container TEXT PRIMARY KEY,
@@ -64,9 +66,12 @@ class Outgoings:
 
     def begin(self, migration: str, container: str, destination: str, above: int) -> Outgoing:
         with self._database.transaction() as cursor:
-            epoch = max(_epoch(cursor, container), above) + 1
+            known = _epoch(cursor, container)
+            wire.check_epoch(above, known)
+            epoch = max(known, above) + 1
             cursor.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (container, epoch))
             record = Outgoing(migration, container, destination, epoch)
+            _forget(cursor, "outgoing")
             cursor.execute(
                 "INSERT INTO outgoing (migration, container, destination, epoch, decision) VALUES (?, ?, ?, ?, ?)",
                 (migration, container, destination, record.epoch, record.decision),
@@ -137,6 +142,10 @@ class Incomings:
             known = _epoch(cursor, container)
             if epoch <= known:
                 raise HandoverError(f"{container} was here with epoch {known}; {source} offers epoch {epoch}: refused")
+            wire.check_epoch(epoch, known)
+            if cursor.execute("SELECT 1 FROM incoming WHERE migration = ?", (migration,)).fetchone():
+                raise HandoverError(f"migration {migration} was here before")
+            _forget(cursor, "incoming")
             cursor.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (container, epoch))
             cursor.execute(
                 "INSERT INTO incoming (migration, container, source, epoch, stage) VALUES (?, ?, ?, ?, ?)",
@@ -221,6 +230,11 @@ def _now_ms() -> int:
 def _epoch(cursor: Cursor, container: str) -> int:
     row = cursor.execute("SELECT epoch FROM epochs WHERE container = ?", (container,)).fetchone()
     return int(row["epoch"]) if row else 0
+
+
+def _forget(cursor: Cursor, table: str) -> None:
+    """Finished records that nobody asks about any more, so that a table has a size."""
+    cursor.execute(f"DELETE FROM {table} WHERE finished AND rowid <= (SELECT max(rowid) FROM {table}) - {KEPT}")
 
 
 def _outgoing(row: Row) -> Outgoing:

@@ -72,7 +72,8 @@ def environment(spec: ContainerSpec, hostname: str, user: User, extra: Sequence[
     for item in [*spec.environment, *extra]:
         name, equals, value = item.partition("=")
         if not name or not equals or "\0" in item:
-            raise InvalidArgument(f"environment {item!r} is not NAME=value")
+            shown = repr(name) if equals else "without a name"
+            raise InvalidArgument(f"environment variable {shown} is not given as NAME=value")
         merged[name] = value
     return [f"{name}={value}" for name, value in merged.items()]
 

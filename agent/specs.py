@@ -5,6 +5,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from agent import oci
+from blockdev.formats.disk import LARGEST_BYTES
 from migrator.errors import InvalidArgument
 from migrator.v1.container_pb2 import ContainerSpec, Volume
 
@@ -25,6 +26,12 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise InvalidArgument(f"{name!r} cannot be a container's name: 1 to 31 lower case letters, digits and dashes")
     return name
+
+
+def variable(item: str) -> str:
+    """What may be said in a log of an environment variable: its name."""
+    name, equals, _ = item.partition("=")
+    return repr(name) if equals else "without a name"
 
 
 def complete(name: str, spec: ContainerSpec, image_filesystem: str) -> ContainerSpec:
@@ -64,7 +71,8 @@ def _check_process(spec: ContainerSpec) -> None:
         raise InvalidArgument("the command is empty")
     for item in spec.environment:
         if "=" not in item or item.startswith("=") or "\0" in item:
-            raise InvalidArgument(f"environment {item!r} is not NAME=value")
+            # Its value may be a secret, and this comes into logs.
+            raise InvalidArgument(f"environment variable {variable(item)} is not given as NAME=value")
     if spec.working_directory and not spec.working_directory.startswith("/"):
         raise InvalidArgument(f"working directory {spec.working_directory!r} does not begin with /")
 
@@ -101,6 +109,8 @@ def _complete_volumes(spec: ContainerSpec, image_filesystem: str) -> None:
         if volume.filesystem not in FILESYSTEMS:
             raise InvalidArgument(f"file system {volume.filesystem!r} is not one of {', '.join(FILESYSTEMS)}")
         smallest = MINIMUM_DISK_BYTES[volume.filesystem]
+        if volume.size_bytes > LARGEST_BYTES:
+            raise InvalidArgument(f"volume {volume.mount_point} of {volume.size_bytes} bytes is too large")
         if volume.size_bytes < smallest:
             raise InvalidArgument(
                 f"volume {volume.mount_point} of {volume.size_bytes} bytes is too small: "

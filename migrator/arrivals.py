@@ -26,7 +26,10 @@ class Arrivals:
 
     def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         """Reserve everything; nothing is left if that fails."""
+        self._host.check(request)
         with self._lock:
+            if request.migration in (*self._arrivals, *self._preparing):
+                raise HandoverError(f"migration {request.migration} is under way here already")
             others = [arrival.record.container for arrival in self._arrivals.values() if not arrival.is_over]
             if request.container in (*others, *self._preparing.values()):
                 raise Busy(f"another migration brings {request.container} to this host: try again when that is done")

@@ -9,6 +9,7 @@ neither runs nor deletes what it holds; it asks. `tend` is that asking, and the 
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import structlog
 
 from blockdev import blocks
 from blockdev.errors import BlockError
-from migrator import faults, verify
+from migrator import faults, verify, wire
 from migrator.errors import ExecutionError, MigratorError, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
@@ -39,6 +40,7 @@ GIVE_UP_S = 30.0
 STREAM_END_S = 10.0
 # Of a container that may have been another's pid before each; each has a file open here.
 MAX_PROCESSES = 8192
+PID = re.compile(r"[1-9][0-9]{0,9}")
 
 FAILURES = (MigratorError, BlockError, OSError)
 
@@ -110,7 +112,7 @@ class Arrival:
         with self._lock:
             self._expect(Stage.PREPARED)
             if target not in self._volumes or chunk_bytes <= 0 or chunk_bytes % verify.BLOCK_BYTES:
-                raise PeerError(f"digests of {target!r} in chunks of {chunk_bytes}", reason="OUT_OF_ORDER")
+                raise PeerError(f"digests of {wire.shown(target)} in chunks of {chunk_bytes}", reason="OUT_OF_ORDER")
             descriptor, size = self._volumes[target]
             self._streams += 1
         try:
@@ -152,7 +154,8 @@ class Arrival:
             ours = self._digests.all()
             if ours != dict(digests):
                 wrong = sorted(t for t in {*ours, *digests} if ours.get(t) != digests.get(t))
-                raise PeerError(f"what arrived is not what was sent: {', '.join(wrong[:5])}", reason="DIGEST")
+                names = ", ".join(wire.shown(target) for target in wrong[:5])
+                raise PeerError(f"what arrived is not what was sent: {names}", reason="DIGEST")
             with ThreadPoolExecutor(1) as beside:
                 synced = beside.submit(self._sync)
                 if self._live:
@@ -328,13 +331,16 @@ class Arrival:
         if request.migration != self.record.migration or request.epoch != self.record.epoch:
             raise PeerError("a piece of another migration in this stream", reason="OUT_OF_ORDER")
         self._expect(Stage.PREPARED)
+        if len(request.target) > wire.LONGEST_TARGET:
+            raise PeerError(f"a target whose name has {len(request.target)} characters", reason="OUT_OF_ORDER")
         kind, _, name = request.target.partition("/")
         if kind == "volume" and request.target in self._volumes:
             descriptor, size = self._volumes[request.target]
+            wire.check_room(descriptor, len(request.data))
             blocks.write(descriptor, self._receiver.piece(request), size)
         elif kind == "snapshot":
             self._reservation.write_snapshot(name, self._receiver.piece(request))
-        elif kind == "memory" and self._live and name.isdecimal():
+        elif kind == "memory" and self._live and PID.fullmatch(name):
             for piece in self._receiver.pieces(request):
                 blocks.write(self._memory_file(name), piece, ADDRESS_END)
         elif kind == targets.KIND and self._live:
@@ -349,7 +355,7 @@ class Arrival:
             log_file = self._reservation.log
             write_file(log_file.parent, log_file.name, self._receiver.piece(request))
         else:
-            raise PeerError(f"{request.target!r} is nothing that is expected here", reason="OUT_OF_ORDER")
+            raise PeerError(f"{wire.shown(request.target)} is nothing that is expected here", reason="OUT_OF_ORDER")
 
     def _memory_file(self, pid: str) -> int:
         with self._lock:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockdev.blocks import Piece, split_zeros
+from migrator import wire
 from migrator.errors import PeerError
 from migrator.stream import MAX_PIECE_BYTES
 
-IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
+IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,119}")
 MAX_FILE_BYTES = 1 << 40
 
 
@@ -31,8 +32,8 @@ def read_file(path: Path, start: int = 0) -> Iterator[Piece]:
 def write_file(folder: Path, name: str, piece: Piece) -> None:
     """Store one piece of a file of that folder. Raises PeerError for a name or an offset that no image has."""
     if not IMAGE_NAME.fullmatch(name):
-        raise PeerError(f"{name!r} is no name of an image")
-    if piece.offset + piece.length > MAX_FILE_BYTES:
+        raise PeerError(f"{wire.shown(name)} is no name of an image")
+    if piece.offset < 0 or piece.length < 0 or piece.offset + piece.length > MAX_FILE_BYTES:
         raise PeerError(f"{name}: a piece that ends at {piece.offset + piece.length}")
     descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -41,6 +42,10 @@ def write_file(folder: Path, name: str, piece: Piece) -> None:
             if os.fstat(descriptor).st_size < end:
                 os.ftruncate(descriptor, end)
         else:
-            os.pwrite(descriptor, piece.data, piece.offset)
+            wire.check_room(descriptor, piece.length)
+            at, rest = piece.offset, memoryview(piece.data)
+            while rest:
+                count = os.pwrite(descriptor, rest, at)
+                at, rest = at + count, rest[count:]
     finally:
         os.close(descriptor)

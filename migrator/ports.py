@@ -193,6 +193,9 @@ class ArrivalHost(Protocol):
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
 
+    def check(self, request: peer_pb2.PrepareRequest) -> None:
+        """Raise a MigratorError for a container that cannot come here. Changes nothing."""
+
     def reserve(self, request: peer_pb2.PrepareRequest) -> Reservation:
         """Reserve name, room and network; undone by itself if it fails."""
 

@@ -15,6 +15,7 @@ import xxhash
 import zstandard
 
 from blockdev.blocks import Piece
+from migrator import wire
 from migrator.errors import PeerError
 from migrator.v1 import peer_pb2
 
@@ -32,18 +33,24 @@ class TargetDigest:
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
+        # Two streams are not to have the same target, but a stranger's may.
+        self._lock = threading.Lock()
 
     def add(self, piece: Piece, checksum: int) -> None:
         """Fold one piece in by its own checksum, so that its bytes are read once."""
-        self._hash.update(b"%d %d %d;" % (piece.offset, piece.length, checksum))
+        with self._lock:
+            self._hash.update(b"%d %d %d;" % (piece.offset, piece.length, checksum))
 
     def add_parts(self, parts: Sequence[int], checksum: int) -> None:
         """Fold many in that have one checksum."""
-        self._hash.update(b"%s %d;" % (struct.pack(f"<{len(parts)}q", *parts), checksum))
+        packed = struct.pack(f"<{len(parts)}q", *parts)
+        with self._lock:
+            self._hash.update(b"%s %d;" % (packed, checksum))
 
     def digest(self) -> bytes:
         """16 bytes."""
-        return self._hash.digest()
+        with self._lock:
+            return self._hash.digest()
 
 
 class Digests:
@@ -54,8 +61,10 @@ class Digests:
         self._lock = threading.Lock()
 
     def of(self, target: str) -> TargetDigest:
-        """The digest of this target, begun if need be."""
+        """The digest of this target, begun if need be. Raises PeerError for one target too many."""
         with self._lock:
+            if target not in self._targets and len(self._targets) >= wire.MAX_TARGETS:
+                raise PeerError(f"more than {wire.MAX_TARGETS} targets in one migration")
             return self._targets.setdefault(target, TargetDigest())
 
     def all(self) -> dict[str, bytes]:
@@ -224,12 +233,13 @@ class Receiver:
 
     def __init__(self, digests: Digests) -> None:
         self._digests = digests
-        self._decompressor = zstandard.ZstdDecompressor()
+        # Streams are side by side, each in a thread, and a decompressor is one thread's.
+        self._decompressors = threading.local()
 
     def piece(self, request: peer_pb2.SendRequest) -> Piece:
         """The only piece of one request. Raises PeerError if its length, encoding or checksum is wrong."""
         if request.parts:
-            raise PeerError(f"{request.target}: many pieces in one")
+            raise PeerError(f"{wire.shown(request.target)}: many pieces in one")
         piece = self._checked(request)
         self._digests.of(request.target).add(piece, request.checksum)
         return piece
@@ -238,10 +248,12 @@ class Receiver:
         """All pieces of one request that `batched` may have made. Raises as `piece` does."""
         if not request.parts:
             return [self.piece(request)]
+        if len(request.parts) > 2 * BATCH_PIECES:
+            raise PeerError(f"{wire.shown(request.target)}: {len(request.parts) // 2} pieces in one")
         data = memoryview(self._checked(request).data or b"")
         offsets, lengths = request.parts[::2], request.parts[1::2]
         if len(offsets) != len(lengths) or min(offsets) < 0 or sum(max(0, length) for length in lengths) != len(data):
-            raise PeerError(f"{request.target}: pieces that do not fit together")
+            raise PeerError(f"{wire.shown(request.target)}: pieces that do not fit together")
         self._digests.of(request.target).add_parts(request.parts, request.checksum)
         found, at = [], 0
         for offset, length in zip(offsets, lengths, strict=True):
@@ -265,31 +277,42 @@ class Receiver:
     def _checked(self, request: peer_pb2.SendRequest) -> Piece:
         data = self._data(request)
         if request.offset < 0 or request.length < 0:
-            raise PeerError(f"{request.target}: a piece of {request.length} bytes at {request.offset}")
+            raise PeerError(f"{wire.shown(request.target)}: a piece of {request.length} bytes at {request.offset}")
         if data is not None and xxhash.xxh3_64_intdigest(data) != request.checksum:
-            raise PeerError(f"{request.target}: the piece at {request.offset} arrived damaged", reason="CHECKSUM")
+            at = f"{wire.shown(request.target)}: the piece at {request.offset}"
+            raise PeerError(f"{at} arrived damaged", reason="CHECKSUM")
         return Piece(request.offset, request.length, data)
 
     def _data(self, request: peer_pb2.SendRequest) -> bytes | None:
         if request.encoding == peer_pb2.ENCODING_ZEROS:
             if request.data or request.checksum:
-                raise PeerError(f"{request.target}: zeros that carry bytes")
+                raise PeerError(f"{wire.shown(request.target)}: zeros that carry bytes")
             return None
         if request.length > MAX_PIECE_BYTES:
-            raise PeerError(f"{request.target}: a piece of {request.length} bytes; {MAX_PIECE_BYTES} is the limit")
+            too_long = f"a piece of {request.length} bytes; {MAX_PIECE_BYTES} is the limit"
+            raise PeerError(f"{wire.shown(request.target)}: {too_long}")
         data = request.data
         if request.encoding == peer_pb2.ENCODING_ZSTD:
             try:
                 # The frame says how much memory unpacking takes: it is asked before that is allocated.
                 if zstandard.frame_content_size(data) != request.length:
-                    raise PeerError(f"{request.target}: a frame of another length at {request.offset}")
-                data = self._decompressor.decompress(data, allow_extra_data=False)
+                    raise PeerError(f"{wire.shown(request.target)}: a frame of another length at {request.offset}")
+                data = self._decompressor().decompress(data, allow_extra_data=False)
             except zstandard.ZstdError as error:
                 raise PeerError(
-                    f"{request.target}: the piece at {request.offset} cannot be unpacked: {error}"
+                    f"{wire.shown(request.target)}: the piece at {request.offset} cannot be unpacked: {error}"
                 ) from error
         elif request.encoding != peer_pb2.ENCODING_PLAIN:
-            raise PeerError(f"{request.target}: unknown encoding {request.encoding}")
+            raise PeerError(f"{wire.shown(request.target)}: unknown encoding {request.encoding}")
         if len(data) != request.length:
-            raise PeerError(f"{request.target}: {len(data)} bytes at {request.offset} instead of {request.length}")
+            raise PeerError(
+                f"{wire.shown(request.target)}: {len(data)} bytes at {request.offset} instead of {request.length}"
+            )
         return data
+
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        own = self._decompressors
+        if not hasattr(own, "zstd"):
+            own.zstd = zstandard.ZstdDecompressor()
+        made: zstandard.ZstdDecompressor = own.zstd
+        return made

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from blockdev import blocks
 from blockdev.blocks import Piece
+from migrator import wire
 from migrator.errors import PeerError
 from migrator.shm import targets
 from migrator.shm.targets import Target
@@ -14,6 +15,8 @@ from migrator.shm.targets import Target
 MAX_OBJECTS = 4096
 # What their offsets stay below.
 OFFSET_END = 1 << 48
+# How much is stored between two looks at what the host has left.
+LOOK_BYTES = 32 << 20
 
 
 class Stored(NamedTuple):
@@ -28,10 +31,15 @@ class SharedStore:
 
     def __init__(self) -> None:
         self._objects: dict[tuple[bool, int], Stored] = {}
+        # Of inode numbers that were used again. Another stream may be writing to one, so none is closed before the end.
+        self._replaced: list[int] = []
+        self._unseen_bytes = 0
         self._lock = threading.Lock()
 
     def write(self, rest: str, piece: Piece) -> None:
         """A piece of the target `shared/` and `rest`. Raises PeerError, BlockError."""
+        if piece.data is not None:
+            self._look(piece.length)
         blocks.write(self._descriptor(targets.parse(rest)), piece, OFFSET_END)
 
     def memfd(self, number: int) -> int | None:
@@ -47,20 +55,31 @@ class SharedStore:
     def close(self) -> None:
         """Repeatable."""
         with self._lock:
-            for stored in self._objects.values():
-                os.close(stored.descriptor)
+            for descriptor in (*(stored.descriptor for stored in self._objects.values()), *self._replaced):
+                os.close(descriptor)
             self._objects.clear()
+            self._replaced.clear()
 
     def _descriptor(self, target: Target) -> int:
         key = (target.is_system_v, target.number)
         with self._lock:
             stored = self._objects.get(key)
             if stored is None or stored.target != target:
-                if stored is not None:  # an inode number that is used again
-                    os.close(stored.descriptor)
-                elif len(self._objects) >= MAX_OBJECTS:
+                if len(self._objects) + len(self._replaced) >= MAX_OBJECTS:
                     raise PeerError(f"more than {MAX_OBJECTS} objects of shared memory")
+                if stored is not None:  # an inode number that is used again
+                    os.truncate(stored.descriptor, 0)
+                    self._replaced.append(stored.descriptor)
                 name = os.fsdecode(target.name)
                 stored = Stored(target, os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
                 self._objects[key] = stored
             return stored.descriptor
+
+    def _look(self, length: int) -> None:
+        """Nothing but the host's memory bounds what memfds hold."""
+        with self._lock:
+            self._unseen_bytes += length
+            if self._unseen_bytes < LOOK_BYTES:
+                return
+            self._unseen_bytes = 0
+        wire.check_memory(length)

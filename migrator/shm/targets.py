@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+from migrator import wire
 from migrator.errors import PeerError
 from migrator.memory import ObjectKey
 
@@ -16,6 +17,7 @@ _MEMFD, _SYSV = "memfd", "sysv"
 _PREFIX, _DELETED = "/memfd:", " (deleted)"
 # Of memfd_create(2).
 _LONGEST_NAME = 249
+_LONGEST_NUMBER = 10
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def parse(rest: str) -> Target:
     """From what follows `shared/`. Raises PeerError."""
     kind, _, tail = rest.partition("/")
     number, _, name = tail.partition("/")
-    if number.isascii() and number.isdecimal() and int(number) < 1 << 32:
+    if number.isascii() and number.isdecimal() and len(number) <= _LONGEST_NUMBER and int(number) < 1 << 32:
         if kind == _SYSV and not name:
             return Target(int(number), is_system_v=True)
         plain = unquote_to_bytes(name)
         if kind == _MEMFD and len(plain) <= _LONGEST_NAME and b"\0" not in plain:
             return Target(int(number), is_system_v=False, name=plain)
-    raise PeerError(f"{rest!r} is no object of shared memory")
+    raise PeerError(f"{wire.shown(rest)} is no object of shared memory")

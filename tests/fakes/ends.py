@@ -29,6 +29,7 @@ from migrator.snapshots import LeavingSnapshot
 from migrator.source import FEATURES
 from migrator.v1 import container_pb2, peer_pb2
 from migrator.verify import BLOCK_BYTES
+from migrator.wire import check_migration
 
 VOLUME_BYTES = 1 << 20
 NEIGHBOUR = Neighbour("eth0", "10.77.0.1", "02:00:00:00:00:01")
@@ -486,6 +487,10 @@ class FakeArrivalHost:
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         return peer_pb2.ExamineResponse(host="b", last_epoch=3, features=self.features)
+
+    def check(self, request: peer_pb2.PrepareRequest) -> None:
+        with self._call("destination.check"):
+            check_migration(request.migration)
 
     def reserve(self, request: peer_pb2.PrepareRequest) -> FakeReservation:
         made = self._make(self._folder / str(next(self._numbers)), live=request.state == LIVE)
