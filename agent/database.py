@@ -4,6 +4,7 @@ WAL with synchronous=FULL: a committed transaction survives a power cut (sqlite.
 Each module that keeps a table names its schema; this one only opens, shares and serialises.
 """
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ class Database:
 
     def __init__(self, path: Path, schemas: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Specs hold environments, and these secrets. The files beside it get the same mode from SQLite.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
         self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.RLock()

@@ -15,6 +15,7 @@ import click
 import structlog
 
 from agent import config as configuration
+from agent import handshakes
 from agent.config import Config
 from blockdev.errors import BlockError
 from migrator.errors import ExecutionError, Exit, MigratorError, Precondition
@@ -64,6 +65,7 @@ def run(config_file: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     with ExitStack() as resources:
         resources.enter_context(locked(config))
+        handshakes.watch()
         # Only now: these load gRPC and much else, and a second agent should be told at once.
         from agent.server import Servers
         from agent.wiring import assemble
@@ -143,7 +145,10 @@ def set_up_log(level: str, kind: str) -> None:
     """Lines on stderr: for people on a terminal, JSON elsewhere."""
     as_json = kind == "json" or (kind == "auto" and not sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+        structlog.processors.JSONRenderer()
+        if as_json
+        # The other formatters show local variables, in which there may be a key or an environment.
+        else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     )
     structlog.configure(
         processors=[

@@ -11,7 +11,7 @@ import grpc
 import structlog
 
 from agent.config import Config
-from migrator import channel, status
+from migrator import channel, status, wire
 from migrator.errors import NotFound, Unreachable
 from migrator.handover import Incoming, Outgoing
 from migrator.network import Neighbour
@@ -153,7 +153,7 @@ class RemotePeer:
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]:
         request = peer_pb2.RestoreRequest(migration=migration, epoch=epoch, digests=digests)
         answer: peer_pb2.RestoreResponse = self._wait(self._urgent.Restore.future(request, timeout=SLOW_S))
-        return answer.steps
+        return wire.plausible_steps(answer.steps)
 
     def stage(self, migration: str, epoch: int) -> peer_pb2.ArrivalStage:
         request = peer_pb2.GetArrivalRequest(migration=migration, epoch=epoch)
@@ -165,7 +165,12 @@ class RemotePeer:
         request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
         with self._errors():
             answer: peer_pb2.DecideResponse = self._urgent.Decide(request, timeout=DECIDE_S)
-        return answer
+        return peer_pb2.DecideResponse(
+            ownership=answer.ownership,
+            resume_ms=wire.plausible_ms(answer.resume_ms),
+            total_ms=wire.plausible_ms(answer.total_ms),
+            steps=wire.plausible_steps(answer.steps),
+        )
 
     def _wait(self, call: "grpc.Future[Any]") -> Any:
         """The answer; a cancelled or overdue migration does not wait for it."""

@@ -21,7 +21,11 @@ from migrator.errors import ExecutionError, Precondition
 
 GROUP = "migrator"
 # A stream (exec, a followed log, a watch, a migration's Send) keeps its thread as long as it lasts.
-WORKERS = 64
+WORKERS = 128
+# More than these wait for a thread, or are refused; and no more at once on one connection.
+MOST_CALLS, MOST_STREAMS = 512, 100
+# Who has not shown a certificate by then is cut off.
+HANDSHAKE_MS = 10_000
 
 log = structlog.get_logger()
 
@@ -88,6 +92,7 @@ class Servers:
             futures.ThreadPoolExecutor(WORKERS, thread_name_prefix="call"),
             interceptors=[Guarded()],
             options=_options(),
+            maximum_concurrent_rpcs=MOST_CALLS,
         )
         for service in self._services:
             service.add(server)
@@ -104,13 +109,15 @@ class _Certificates:
         self._seen = self._stamp()
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
-        """Raises Precondition if a file cannot be read."""
+        """Raises Precondition if a file cannot be read, or if they do not belong together."""
         try:
+            channel.check_files(self._tls)
             chain = [(self._tls.key.read_bytes(), self._tls.certificate.read_bytes())]
             return grpc.ssl_server_certificate_configuration(chain, self._tls.ca.read_bytes())
         except OSError as error:
+            file = error.filename or self._tls.certificate
             raise Precondition(
-                f"TLS needs {error.filename}: {error.strerror}; make certificates with `migrator cert init` and "
+                f"TLS needs {file}: {error.strerror}; make certificates with `migrator cert init` and "
                 "`migrator cert issue`, or remove [listen] to serve the local socket only"
             ) from error
 
@@ -123,7 +130,8 @@ class _Certificates:
                     return None
                 made = self.configuration()
             except Precondition as error:
-                log.error("certificates not read again", error=str(error))
+                # As between two of three files being replaced: tried again at the next handshake.
+                log.error("certificates not read again; the old ones stay in use", error=str(error))
                 return None
             self._seen = stamp
         log.info("certificates read again", certificate=str(self._tls.certificate))
@@ -142,6 +150,8 @@ def _options() -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", channel.MESSAGE_BYTES),
         ("grpc.max_receive_message_length", channel.MESSAGE_BYTES),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", MOST_STREAMS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         # A dead client is noticed as quickly as a dead server, and clients may ping as often as ours do.
         ("grpc.keepalive_time_ms", channel.KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", channel.KEEPALIVE_TIMEOUT_MS),

@@ -131,7 +131,7 @@ class Agent:
             lambda record: ask_source(config, record),
         )
         migration = MigrationService(self.migrations, handovers)
-        peer = PeerService(self.arrival_host, self.arrivals, self.migrations)
+        peer = PeerService(self.arrival_host, self.arrivals, self.migrations, config.peers)
         return [
             Service(
                 "migrator.v1.ContainerService",

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from migrator.errors import Unreachable
+from migrator.errors import Precondition, Unreachable
 
 MESSAGE_BYTES = 4 << 20
 # A dead peer is noticed within KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS; the server has to allow pings as often.
@@ -61,28 +61,38 @@ def connect(address: str, *, name: str, tls: Tls, urgent: bool = False) -> grpc.
     The files are read now: make a channel per piece of work, and renewed certificates are used from the next one on.
     Raises Unreachable if one of the files cannot be read, or if they do not belong together.
     """
-    # Only here: a command that uses the local socket shall not wait for it.
-    import ssl
-
     try:
         credentials = grpc.ssl_channel_credentials(
             tls.ca.read_bytes(), tls.key.read_bytes(), tls.certificate.read_bytes()
         )
-        # gRPC says nothing of these errors but in its log.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_cert_chain(tls.certificate, tls.key)
-        context.load_verify_locations(tls.ca)
-    except ssl.SSLError as error:
-        raise Unreachable(
-            f"no connection to {name or address}: the certificates do not fit each other or are none: "
-            f"{tls.certificate}, {tls.key}, {tls.ca} ({error.reason or error})"
-        ) from error
+        check_files(tls)
+    except Precondition as error:
+        raise Unreachable(f"no connection to {name or address}: {error}") from error
     except OSError as error:
         raise Unreachable(
             f"no connection to {name or address} without certificates: {error.filename}: {error.strerror}; "
             "make them with `migrator cert`"
         ) from error
     return grpc.secure_channel(address, credentials, options(name, urgent=urgent))
+
+
+def check_files(tls: Tls) -> None:
+    """Whether they are certificates and a key, and key and certificate belong together: gRPC says so only in its log.
+
+    Raises Precondition, and OSError for a file that cannot be read.
+    """
+    # Only here: a command that uses the local socket shall not wait for it.
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        context.load_verify_locations(tls.ca)
+    except ssl.SSLError as error:
+        raise Precondition(
+            f"the certificates do not fit each other or are none: {tls.certificate}, {tls.key}, {tls.ca} "
+            f"({error.reason or error})"
+        ) from error
 
 
 def connect_local(socket: Path) -> grpc.Channel:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import structlog
 
@@ -63,6 +63,7 @@ class Arrival:
         self._inbound = Inbound(self._store)
         self._lock = threading.RLock()
         self._streams = 0
+        self._cuts: list[Callable[[], object]] = []
         self._stands_still = False
         self._streams_ended = threading.Condition(self._lock)
         self._volumes: dict[str, tuple[int, int]] = {}
@@ -106,6 +107,17 @@ class Arrival:
             with self._lock:
                 self._streams -= 1
                 self._streams_ended.notify_all()
+
+    @contextmanager
+    def cutting(self, cut: Callable[[], object]) -> Iterator[None]:
+        """A stream for the length of the block, which `cut` ends when the migration is over before it."""
+        with self._lock:
+            self._cuts.append(cut)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cuts.remove(cut)
 
     def digest(self, target: str, chunk_bytes: int) -> Iterator[peer_pb2.DigestVolumeResponse]:
         """See `migrator.verify`. Raises PeerError."""
@@ -302,6 +314,8 @@ class Arrival:
             log.error("discarding an arrival", migration=self.record.migration, reason=str(error))
 
     def _discard(self) -> None:
+        for cut in self._cuts:
+            cut()
         # A descriptor that is closed under a stream may be another file's by its next write.
         if not self._streams_ended.wait_for(lambda: not self._streams, timeout=STREAM_END_S):
             raise ExecutionError(f"the source of migration {self.record.migration} still sends; it is dropped later")

@@ -1,10 +1,14 @@
 """What another host may say: names, lengths and amounts that are refused before anything is made of them."""
 
+import math
 import os
 import re
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from migrator.errors import InvalidArgument, PeerError
+from migrator.v1 import peer_pb2
 
 MIGRATION_NAME = re.compile(r"m-[a-z0-9-]{1,40}")
 # A memfd's name is up to 249 bytes, each of which may be three characters on the wire.
@@ -19,6 +23,7 @@ LATEST_TIME_MS = 253_402_300_799_999
 RESERVE_PART, LARGEST_RESERVE_BYTES = 20, 1 << 30
 # What the host keeps of its memory.
 MEMORY_RESERVE_BYTES = 256 << 20
+MOST_STEPS, LONGEST_MS = 64, 1e9
 _SHOWN = 80
 
 
@@ -62,6 +67,19 @@ def memory_available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def plausible_steps(steps: Iterable[peer_pb2.TimedStep]) -> list[peer_pb2.TimedStep]:
+    """What another host says it has spent its time with, as far as that can be shown; nothing depends on it."""
+    return [
+        peer_pb2.TimedStep(name=step.name[:_SHOWN], duration_ms=plausible_ms(step.duration_ms))
+        for step in islice(steps, MOST_STEPS)
+    ]
+
+
+def plausible_ms(duration_ms: float) -> float:
+    """A duration that can be computed with."""
+    return min(max(duration_ms, 0.0), LONGEST_MS) if math.isfinite(duration_ms) else 0.0
 
 
 def shown(text: str) -> str:

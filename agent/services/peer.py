@@ -3,7 +3,7 @@
 Who asks is taken from the certificate: a message about somebody else's migration finds none.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import grpc
 
@@ -11,7 +11,7 @@ from agent.auth import caller_host
 from agent.migrations import Migrations
 from agent.neighbours import NEIGHBOURS_MAX
 from migrator.arrivals import Arrivals
-from migrator.errors import InvalidArgument, PeerError
+from migrator.errors import InvalidArgument, PeerError, PermissionDenied
 from migrator.handover import Stage
 from migrator.network import Neighbour
 from migrator.ports import ArrivalHost
@@ -28,40 +28,47 @@ STAGES = {
 class PeerService(peer_pb2_grpc.PeerServiceServicer):
     """See proto/migrator/v1/peer.proto."""
 
-    def __init__(self, host: ArrivalHost, arrivals: Arrivals, migrations: Migrations) -> None:
+    def __init__(self, host: ArrivalHost, arrivals: Arrivals, migrations: Migrations, peers: Collection[str]) -> None:
+        """`peers` are the names of the hosts that containers may come from and go to."""
+        self._peers = peers
         self._host = host
         self._arrivals = arrivals
         self._migrations = migrations
 
     def Examine(self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext) -> peer_pb2.ExamineResponse:
+        self._peer(context)
         return self._host.examine(request)
 
     def Prepare(self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext) -> peer_pb2.PrepareResponse:
-        return self._arrivals.prepare(caller_host(context), request)
+        return self._arrivals.prepare(self._peer(context), request)
 
     def Send(
         self, request_iterator: Iterator[peer_pb2.SendRequest], context: grpc.ServicerContext
     ) -> Iterator[peer_pb2.SendResponse]:
-        first = next(request_iterator, None)
-        if first is None:
-            return
-        arrival = self._arrivals.get(caller_host(context), first.migration, first.epoch)
+        source = self._peer(context)
         try:
-            yield from arrival.send(request_iterator, first)
+            first = next(request_iterator, None)
+            if first is None:
+                return
+            arrival = self._arrivals.get(source, first.migration, first.epoch)
+            # A migration that is over does not wait for a source that neither sends nor ends.
+            with arrival.cutting(context.cancel):
+                yield from arrival.send(request_iterator, first)
         except grpc.RpcError as error:
             raise PeerError("the source broke off its stream", reason="STREAM_BROKEN") from error
 
     def KeepSnapshots(
         self, request: peer_pb2.KeepSnapshotsRequest, context: grpc.ServicerContext
     ) -> peer_pb2.KeepSnapshotsResponse:
-        self._arrivals.get(caller_host(context), request.migration, request.epoch).keep_snapshots()
+        self._arrivals.get(self._peer(context), request.migration, request.epoch).keep_snapshots()
         return peer_pb2.KeepSnapshotsResponse()
 
     def DigestVolume(
         self, request: peer_pb2.DigestVolumeRequest, context: grpc.ServicerContext
     ) -> Iterator[peer_pb2.DigestVolumeResponse]:
-        arrival = self._arrivals.get(caller_host(context), request.migration, request.epoch)
-        yield from arrival.digest(request.target, request.chunk_bytes)
+        arrival = self._arrivals.get(self._peer(context), request.migration, request.epoch)
+        with arrival.cutting(context.cancel):
+            yield from arrival.digest(request.target, request.chunk_bytes)
 
     def HoldTraffic(
         self, request: peer_pb2.HoldTrafficRequest, context: grpc.ServicerContext
@@ -69,27 +76,34 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         if len(request.neighbours) > NEIGHBOURS_MAX:
             raise InvalidArgument(f"{len(request.neighbours)} neighbours, and no more than {NEIGHBOURS_MAX} may travel")
         neighbours = [Neighbour(known.interface, known.address, known.mac) for known in request.neighbours]
-        self._arrivals.get(caller_host(context), request.migration, request.epoch).hold_traffic(neighbours)
+        self._arrivals.get(self._peer(context), request.migration, request.epoch).hold_traffic(neighbours)
         return peer_pb2.HoldTrafficResponse()
 
     def Restore(self, request: peer_pb2.RestoreRequest, context: grpc.ServicerContext) -> peer_pb2.RestoreResponse:
-        arrival = self._arrivals.get(caller_host(context), request.migration, request.epoch)
+        arrival = self._arrivals.get(self._peer(context), request.migration, request.epoch)
         return peer_pb2.RestoreResponse(steps=_timed(arrival.restore(request.digests)))
 
     def Decide(self, request: peer_pb2.DecideRequest, context: grpc.ServicerContext) -> peer_pb2.DecideResponse:
-        return self._arrivals.decide(caller_host(context), request)
+        return self._arrivals.decide(self._peer(context), request)
 
     def GetDecision(
         self, request: peer_pb2.GetDecisionRequest, context: grpc.ServicerContext
     ) -> peer_pb2.GetDecisionResponse:
-        decision = self._migrations.decision(request.migration, request.epoch, caller_host(context))
+        decision = self._migrations.decision(request.migration, request.epoch, self._peer(context))
         return peer_pb2.GetDecisionResponse(decision=decision)
 
     def GetArrival(
         self, request: peer_pb2.GetArrivalRequest, context: grpc.ServicerContext
     ) -> peer_pb2.GetArrivalResponse:
-        stage = self._arrivals.stage(caller_host(context), request.migration, request.epoch)
+        stage = self._arrivals.stage(self._peer(context), request.migration, request.epoch)
         return peer_pb2.GetArrivalResponse(stage=STAGES[stage])
+
+    def _peer(self, context: grpc.ServicerContext) -> str:
+        """The host that calls. Raises PermissionDenied, also for one that this host's configuration does not name."""
+        name = caller_host(context)
+        if name not in self._peers:
+            raise PermissionDenied(f"{name} is not among this host's peers: see [peers] in its configuration")
+        return name
 
 
 def _timed(steps: Mapping[str, float]) -> list[peer_pb2.TimedStep]:
