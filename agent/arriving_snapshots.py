@@ -41,6 +41,8 @@ class ArrivingSnapshots:
         """Make them durable, and these volumes (image and size) what the current one has; repeatable."""
         if self._is_kept:
             return
+        if not self._wanted:
+            raise PeerError(f"{self._container} comes without snapshots", reason="OUT_OF_ORDER")
         for number, snapshot in enumerate(self._wanted):
             for index in range(len(snapshot.volumes)):
                 # One that differs in nothing from its base has had no piece.

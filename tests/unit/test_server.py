@@ -1,5 +1,7 @@
 """Over real connections: who gets in, what failures look like to a client, and certificates that are renewed."""
 
+import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
 
 from agent.server import Servers, Service
 from blockdev.errors import BlockError
@@ -73,6 +76,17 @@ class Bench:
     def connected(self, tls: Tls, name: str = "host-a") -> Iterator[grpc.Channel]:
         with channel.connect(f"127.0.0.1:{self.port}", name=name, tls=tls) as connection:
             yield connection
+
+    def serial(self) -> int:
+        """Of the certificate that the server shows."""
+        client = ssl.create_default_context(cafile=str(self.ca / "ca.crt"))
+        client.load_cert_chain(self.ca / "alice.crt", self.ca / "alice.key")
+        client.set_alpn_protocols(["h2"])
+        plain = socket.create_connection(("127.0.0.1", self.port))
+        with client.wrap_socket(plain, server_hostname="host-a") as connection:
+            shown = connection.getpeercert(binary_form=True)
+        assert shown is not None
+        return x509.load_der_x509_certificate(shown).serial_number
 
     def get_host(self, tls: Tls, name: str = "host-a") -> str:
         with self.connected(tls, name) as connection:
@@ -150,6 +164,24 @@ def test_renewed_certificates_are_used(bench: Bench, tmp_path: Path) -> None:
     assert bench.get_host(Tls(bench.ca / "ca.crt", alice.certificate, alice.key)) == "host-a"
     with pytest.raises(errors.Unreachable):
         bench.get_host(old)
+
+
+def test_certificates_that_are_replaced_one_by_one(bench: Bench) -> None:
+    """Between the first and the last of the files the old ones stay in use, also if a file is half written."""
+    alice = bench.tls("alice")
+    served, certificate, key = (bench.ca / name for name in ("host-a.crt", "new.crt", "new.key"))
+    first = served.read_bytes()
+    certificates.issue(bench.ca, "host-a", "peer", force=True)
+    (bench.ca / "host-a.crt").rename(certificate)
+    (bench.ca / "host-a.key").rename(key)
+    for broken in (certificate.read_bytes()[:100], certificate.read_bytes()):
+        served.write_bytes(broken)
+        (bench.ca / "host-a.key").write_text("not yet")
+        assert bench.get_host(alice) == "host-a"
+        assert bench.serial() == x509.load_pem_x509_certificate(first).serial_number
+    (bench.ca / "host-a.key").write_bytes(key.read_bytes())
+    assert bench.get_host(alice) == "host-a"
+    assert bench.serial() == x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
 
 
 @pytest.mark.parametrize("kind", ERRORS)

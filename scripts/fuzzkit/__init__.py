@@ -1,0 +1,1 @@
+"""Malformed and untimely messages for an agent's PeerService, and what they must not do."""
