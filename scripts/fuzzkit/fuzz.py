@@ -243,6 +243,7 @@ class Worker:
     def _question(self, about: _Arrival | None = None) -> tuple[str, Message]:
         chance, arrival = self._chance, about or self._some()
         name, epoch = arrival.migration, arrival.epoch
+        neighbour = peer_pb2.Neighbour(interface="eth0", address="10.77.0.1", mac="02:00:00:00:00:09")
         digests = {"volume/0": chance.randbytes(16)} if chance.random() < 0.7 else {}
         choices: list[tuple[str, Message]] = [
             ("Examine", peer_pb2.ExamineRequest(container="ct", spec=messages.spec(chance), disk_bytes=1 << 30)),
@@ -251,7 +252,7 @@ class Worker:
                 "DigestVolume",
                 peer_pb2.DigestVolumeRequest(migration=name, epoch=epoch, target="volume/0", chunk_bytes=1 << 20),
             ),
-            ("HoldTraffic", peer_pb2.HoldTrafficRequest(migration=name, epoch=epoch)),
+            ("HoldTraffic", peer_pb2.HoldTrafficRequest(migration=name, epoch=epoch, neighbours=[neighbour])),
             ("Restore", peer_pb2.RestoreRequest(migration=name, epoch=epoch, digests=digests)),
             ("Decide", peer_pb2.DecideRequest(migration=name, epoch=epoch, decision=peer_pb2.DECISION_RELEASED)),
             ("GetDecision", peer_pb2.GetDecisionRequest(migration=name, epoch=epoch)),

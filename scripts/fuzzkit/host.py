@@ -13,6 +13,7 @@ from agent.managers import migration_folder
 from agent.snapshots import SnapshotKeeper
 from blockdev.blocks import Piece
 from blockdev.volume import VolumeStore
+from migrator.network import Neighbour
 from migrator.shm.store import SharedStore
 from migrator.source import FEATURES
 from migrator.v1 import container_pb2, peer_pb2
@@ -68,7 +69,7 @@ class FolderReservation:
         sizes = (volume.size_bytes for volume in self._request.spec.volumes)
         self._snapshots.keep(list(zip(self.volumes, sizes, strict=True)))
 
-    def hold_traffic(self) -> None:
+    def hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
         pass
 
     def mount(self) -> None:
