@@ -26,6 +26,8 @@ REFREEZE_POLLS = 20
 # only a moment of thaw lets it get on.
 RETHAW_POLLS = 100
 RETHAW_S = 0.002
+# Thaws that give a child of vfork the time to call execve.
+VFORK_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,25 @@ class Cgroup:
     def freeze(self, timeout_s: float = FREEZE_TIMEOUT_S) -> None:
         """Stop all tasks and wait until all are stopped, looking each millisecond; thaws again if it takes too long."""
         deadline = time.monotonic() + timeout_s
+        for _ in range(VFORK_TRIES):
+            self._freeze(deadline, timeout_s)
+            if not self._is_midway():
+                return
+            self._set(frozen=False)
+            time.sleep(RETHAW_S)
+        self._freeze(deadline, timeout_s)
+
+    def _is_midway(self) -> bool:
+        """Whether a task waits for a child of vfork to call execve, and counts as frozen there (kernel/fork.c). It
+        cannot be seized while the child is stopped: CRIU tries in vain for 10 s."""
+        threads = "tasks" if self._is_v1 else "cgroup.threads"
+        return any(
+            _waits_in(task, "kernel_clone")
+            for folder in _tree(self.freezer)
+            for task in _text(folder / threads).split()
+        )
+
+    def _freeze(self, deadline: float, timeout_s: float) -> None:
         polls = 0
         self._set(frozen=True)
         while not self.is_frozen():
@@ -288,3 +309,17 @@ def _text(path: Path) -> str:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return ""
         raise
+
+
+def _waits_in(task: str, function: str) -> bool:
+    """By /proc/PID/wchan (proc(5)); False also where the kernel does not tell."""
+    try:
+        descriptor = os.open(f"/proc/{task}/wchan", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.read(descriptor, 64) == function.encode()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from sqlite3 import Cursor, Row
 
 from agent.database import Database
-from migrator import handover, wire
+from migrator import faults, handover, wire
 from migrator.errors import NotFound
 from migrator.handover import Decision, HandoverError, Incoming, Keep, Outgoing, Stage
 
@@ -87,20 +87,20 @@ class Outgoings:
         return [_outgoing(row) for row in self._database.rows(f"{_OUTGOING} WHERE NOT finished")]
 
     def release(self, migration: str) -> Outgoing:
-        return self._step(migration, handover.release, said="it is ready")
+        return self._step(migration, "release", handover.release, said="it is ready")
 
     def abort(self, migration: str) -> Outgoing:
-        return self._step(migration, handover.abort)
+        return self._step(migration, "abort", handover.abort)
 
     def hear(self, migration: str, answer: Stage) -> Outgoing:
-        return self._step(migration, lambda record: handover.hear(record, answer))
+        return self._step(migration, "hear", lambda record: handover.hear(record, answer))
 
     def resolve(self, migration: str, keep: Keep) -> Outgoing:
         """`handover.resolve_outgoing`, durable on return."""
-        return self._step(migration, lambda record: handover.resolve_outgoing(record, keep))
+        return self._step(migration, "resolve", lambda record: handover.resolve_outgoing(record, keep))
 
     def finish(self, migration: str) -> None:
-        self._step(migration, lambda record: replace(record, finished=True))
+        self._step(migration, "finish", lambda record: replace(record, finished=True))
 
     def heard(self, migration: str, said: str) -> None:
         with self._database.transaction() as cursor:
@@ -110,7 +110,7 @@ class Outgoings:
         """What the destination has said last, once `released` is written."""
         return _word(self._database, migration)
 
-    def _step(self, migration: str, step: Callable[[Outgoing], Outgoing], said: str = "") -> Outgoing:
+    def _step(self, migration: str, name: str, step: Callable[[Outgoing], Outgoing], said: str = "") -> Outgoing:
         with self._database.transaction() as cursor:
             row = cursor.execute(f"{_OUTGOING} WHERE migration = ?", (migration,)).fetchone()
             if row is None:
@@ -122,6 +122,7 @@ class Outgoings:
                 (record.decision, record.answer, int(record.finished), migration),
             )
             _note_step(cursor, migration, record, was_operators=before.by_operator, said=said)
+            faults.point(f"source.journal.{name}")
         return record
 
 
@@ -162,19 +163,19 @@ class Incomings:
         return [_incoming(row) for row in self._database.rows(f"{_INCOMING} WHERE NOT finished")]
 
     def make_ready(self, migration: str) -> Incoming:
-        return self._step(migration, handover.make_ready, said="restore it and hold it")
+        return self._step(migration, "ready", handover.make_ready, said="restore it and hold it")
 
     def own(self, migration: str) -> Incoming:
-        return self._step(migration, handover.own)
+        return self._step(migration, "own", handover.own)
 
     def refuse(self, migration: str) -> Incoming:
-        return self._step(migration, handover.refuse)
+        return self._step(migration, "refuse", handover.refuse)
 
     def resolve(self, migration: str, keep: Keep) -> Incoming:
-        return self._step(migration, lambda record: handover.resolve_incoming(record, keep))
+        return self._step(migration, "resolve", lambda record: handover.resolve_incoming(record, keep))
 
     def finish(self, migration: str) -> None:
-        self._step(migration, lambda record: replace(record, finished=True))
+        self._step(migration, "finish", lambda record: replace(record, finished=True))
 
     def heard(self, migration: str, said: str) -> None:
         with self._database.transaction() as cursor:
@@ -184,7 +185,7 @@ class Incomings:
         """What the source has said last, once `ready` is written."""
         return _word(self._database, migration)
 
-    def _step(self, migration: str, step: Callable[[Incoming], Incoming], said: str = "") -> Incoming:
+    def _step(self, migration: str, name: str, step: Callable[[Incoming], Incoming], said: str = "") -> Incoming:
         with self._database.transaction() as cursor:
             row = cursor.execute(f"{_INCOMING} WHERE migration = ?", (migration,)).fetchone()
             if row is None:
@@ -196,6 +197,7 @@ class Incomings:
                 (record.stage, int(record.finished), migration),
             )
             _note_step(cursor, migration, record, was_operators=before.by_operator, said=said)
+            faults.point(f"destination.journal.{name}")
         return record
 
 

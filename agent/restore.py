@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
+from agent.restorer import GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, RESTORING, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator.errors import ExecutionError
 from migrator.images import last_errors
@@ -103,9 +103,12 @@ class HeldRestore:
             raise ExecutionError(f"{error}{last_errors(log)}", reason="RESTORE_FAILED") from error
 
     def is_held(self) -> bool:
-        """Whether the restorer waits for its verdict, also one of an earlier agent's."""
-        process = Process.noted(self._folder / HOLDING)
-        return process is not None and process.is_alive()
+        """Whether the restorer waits for its verdict, also one of an earlier agent's, and CRIU with it.
+
+        If CRIU alone is dead the restorer waits on, and so do the tasks, but nobody would ever let them go.
+        """
+        noted = [Process.noted(self._folder / name) for name in (HOLDING, RESTORING)]
+        return all(process is not None and process.is_alive() for process in noted)
 
     def resume(self, launch: Launch | None) -> None:
         """Let the tasks go on; returns when their sockets are back, just before the first of them runs."""

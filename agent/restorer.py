@@ -30,6 +30,8 @@ RESTORER, HOLDING = "restorer.pid", "holding.pid"
 """Where it notes itself: when runc has asked for the restore, and when every task is held."""
 GIVEN_UP = "given-up"
 """There when nobody will ever answer: it may only come to ask afterwards."""
+RESTORING = "restoring.pid"
+"""Where CRIU is noted, before the tasks are held."""
 INHERIT = "inherit"
 """A script that opens what CRIU inherits and becomes the command that it is given, where there is one by then."""
 
@@ -181,6 +183,10 @@ class _Restore:
 
     def _may_go_on(self, moment: str) -> bool:
         if moment == "post-restore":
+            restoring = Process.find(self._criu.pid)
+            if restoring is None:
+                return False
+            restoring.note(self._folder / RESTORING)
             return ask(self._folder, "held", VERDICT, HOLDING) == "run"
         if moment == "pre-resume":
             if self._orders.freeze:

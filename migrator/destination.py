@@ -173,11 +173,14 @@ class Arrival:
                 if self._live:
                     began = time.monotonic()
                     self._reservation.mount()
+                    faults.point("destination.mount")
                     steps["mount"] = (time.monotonic() - began) * 1000
                     steps.update(self._reservation.restore())
                 synced.result()
             self._close_volumes()
             faults.point("destination.restore")
+            if self._live and not self._reservation.is_held():
+                raise ExecutionError(f"the restored copy of {self.record.container} has ended before it could run")
             self.record = self._journal.make_ready(self.record.migration)
             faults.point("destination.ready")
         return steps
@@ -271,6 +274,7 @@ class Arrival:
 
     def _sync(self) -> None:
         """While the container runs at the end of each stream, so that little is left; then beside the restore."""
+        faults.point("destination.sync")
         for descriptor, _ in self._volumes.values():
             os.fdatasync(descriptor)
 
@@ -298,6 +302,7 @@ class Arrival:
         answer.total_ms = (time.monotonic() - arrived) * 1000
 
     def _settle(self) -> None:
+        faults.point("destination.settle")
         if self._reservation.settle():
             self._finish()
 
@@ -345,6 +350,7 @@ class Arrival:
         if request.migration != self.record.migration or request.epoch != self.record.epoch:
             raise PeerError("a piece of another migration in this stream", reason="OUT_OF_ORDER")
         self._expect(Stage.PREPARED)
+        faults.point("destination.piece")
         if len(request.target) > wire.LONGEST_TARGET:
             raise PeerError(f"a target whose name has {len(request.target)} characters", reason="OUT_OF_ORDER")
         kind, _, name = request.target.partition("/")

@@ -1,26 +1,42 @@
-"""Failures on request, for tests of what is left when an agent dies in the middle. Off unless the environment asks.
+"""Failures on request, for tests of what is left when something dies in the middle. Off unless the environment asks.
 
-MIGRATOR_FAULTS names a file that is read whenever the code comes by a `point`; each line of it is a point and what is
-to happen there:
+MIGRATOR_FAULTS names a file that is read whenever the code comes by a `point`; each line of it is a point, what is to
+happen there, and perhaps how often, every time unless that is said:
 
     source.final kill           this process dies at once, as by kill -9
+    source.dump kill:criu       the newest of this host's processes of that program does (criu, fill, guard, runc)
     destination.restore fail    an ExecutionError
+    journal.release io 1        an OSError as of a disk that fails (EIO), once
+    destination.piece full      the same as of a disk that is full (ENOSPC)
     source.precopy hang         it waits until the line is gone from the file
+    destination.hold delay      it waits for a quarter of a second
 
 The name of each point that struck is appended to the file with `.reached` behind its name.
 """
 
+import errno
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 from migrator.errors import ExecutionError
 
 HANG_POLL_S = 0.002
 HANG_TIMEOUT_S = 60.0
+DELAY_S = 0.25
+# What a program is known by: all of these are in words of its command.
+PROGRAMS = {
+    "criu": (("/criu", "swrk"), ("criu: ",)),
+    "fill": (("migrator.fill",),),
+    "guard": (("agent.guard",),),
+    "runc": (("runc",),),
+}
+ERRORS = {"io": errno.EIO, "full": errno.ENOSPC}
 
 _file = os.environ.get("MIGRATOR_FAULTS", "")
+_struck: Counter[tuple[str, int]] = Counter()
 
 
 def point(name: str) -> None:
@@ -39,14 +55,50 @@ def _strike(file: Path, name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "fail":
         raise ExecutionError(f"{name} fails as {file} asks for")
-    deadline = time.monotonic() + HANG_TIMEOUT_S
-    while _asked(file, name) and time.monotonic() < deadline:
-        time.sleep(HANG_POLL_S)
+    if action in ERRORS:
+        raise OSError(ERRORS[action], f"{os.strerror(ERRORS[action])}, as {file} asks for", name)
+    if action.startswith("kill:"):
+        _kill(action.removeprefix("kill:"))
+    if action == "delay":
+        time.sleep(DELAY_S)
+    if action == "hang":
+        deadline = time.monotonic() + HANG_TIMEOUT_S
+        while _asked(file, name, counts=False) and time.monotonic() < deadline:
+            time.sleep(HANG_POLL_S)
 
 
-def _asked(file: Path, name: str) -> str:
+def _asked(file: Path, name: str, *, counts: bool = True) -> str:
+    """What is to happen there now."""
     try:
+        asked_at = file.stat().st_mtime_ns
         lines = [line.split() for line in file.read_text().splitlines()]
     except FileNotFoundError:
         return ""
-    return next((words[1] for words in lines if len(words) == 2 and words[0] == name), "")
+    found = next((words for words in lines if len(words) in (2, 3) and words[0] == name), None)
+    if found is None:
+        return ""
+    if counts:
+        key = (" ".join(found), asked_at)
+        _struck[key] += 1
+        if len(found) == 3 and _struck[key] > int(found[2]):
+            return ""
+    return found[1]
+
+
+def _kill(program: str) -> None:
+    """The newest process of a program; none is no failure."""
+    ages: list[tuple[int, int]] = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            began = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if any(all(any(part in word for word in words) for part in wanted) for wanted in PROGRAMS[program]):
+            ages.append((began, int(folder.name)))
+    if ages:
+        # CRIU's children are what it restores.
+        _, victim = min(ages) if program == "criu" else max(ages)
+        os.kill(victim, signal.SIGKILL)

@@ -379,6 +379,7 @@ class Departure:
 
     def _sent(self) -> None:
         """After each piece: stop if asked to, and say how far it is."""
+        faults.point("source.piece")
         self._progress.check()
         content = self._meter.content_bytes
         copied = content.get("volume", 0) + content.get("snapshot", 0)

@@ -27,6 +27,7 @@ from migrator.v1 import peer_pb2, peer_pb2_grpc
 SERVICE = "/migrator.v1.PeerService/"
 WORKERS = 4
 CALL_S = 20.0
+RECONNECT_S, PATIENCE_S = 0.1, 30.0
 START_S = 30.0
 # Migrations of one worker that are under way; the longest of its streams.
 MOST_ARRIVALS = 4
@@ -129,7 +130,7 @@ class Worker:
         self._chance = random.Random(seed * 1000 + number)
         self._report = report
         self._lock = lock
-        self._made = 0
+        self._made = self._sent = 0
         self._arrivals: list[_Arrival] = []
         self._stubs: dict[str, peer_pb2_grpc.PeerServiceStub] = {}
         self._channels: dict[str, grpc.Channel] = {}
@@ -140,16 +141,15 @@ class Worker:
         with ExitStack() as stack:
             self._channels = {name: stack.enter_context(self._server.connected(name)) for name in names}
             self._stubs = {name: peer_pb2_grpc.PeerServiceStub(each) for name, each in self._channels.items()}
-            sent = 0
-            while sent < count and self._server.is_alive():
-                sent += self._one()
+            while self._sent < count and self._server.is_alive():
+                self._one()
             while self._arrivals:
                 self._end(self._arrivals.pop())
 
-    def _one(self) -> int:
-        """One call; how many messages it had."""
+    def _one(self) -> None:
+        """One call, or a few that belong together."""
         chance = self._chance
-        actions: list[tuple[int, Callable[[], int]]] = [
+        actions: list[tuple[int, Callable[[], None]]] = [
             (5, self._prepare),
             (8, self._send),
             (5, self._ask),
@@ -158,14 +158,15 @@ class Worker:
             (1, self._hand_over),
         ]
         (action,) = chance.choices([action for _, action in actions], [weight for weight, _ in actions])
-        return action()
+        action()
 
     def _caller(self) -> str:
         return self._chance.choices((*PEERS, STRANGER), [20, 3, 1])[0]
 
-    def _prepare(self) -> int:
+    def _prepare(self) -> None:
         if len(self._arrivals) >= MOST_ARRIVALS:
-            return self._end_one()
+            self._end_one()
+            return
         chance = self._chance
         self._made += 1
         arrival = _Arrival(f"m-{self._number}-{self._made}", f"ct{self._number}-{self._made % 50}", self._made)
@@ -182,14 +183,13 @@ class Worker:
                 # It is the other peer's then, who ends it.
                 self._arrivals.pop()
                 self._decide(caller, request.migration, request.epoch, peer_pb2.DECISION_ABORTED)
-        return 1
 
     def _some(self) -> _Arrival:
         if self._arrivals and self._chance.random() < 0.95:
             return self._chance.choice(self._arrivals)
         return _Arrival("m-none", "ct", 1)
 
-    def _send(self) -> int:
+    def _send(self) -> None:
         chance, arrival = self._chance, self._some()
         stream = chance.randrange(1, 5)
         at = arrival.received.get(stream, 0)
@@ -228,7 +228,6 @@ class Worker:
             arrival.received.pop(stream, None)
             self._resume(arrival, stream)
         self._note("Send", outcome, len(made))
-        return len(made)
 
     def _resume(self, arrival: _Arrival, stream: int) -> None:
         request = peer_pb2.SendRequest(migration=arrival.migration, epoch=arrival.epoch, stream=stream)
@@ -256,17 +255,17 @@ class Worker:
             ("Restore", peer_pb2.RestoreRequest(migration=name, epoch=epoch, digests=digests)),
             ("Decide", peer_pb2.DecideRequest(migration=name, epoch=epoch, decision=peer_pb2.DECISION_RELEASED)),
             ("GetDecision", peer_pb2.GetDecisionRequest(migration=name, epoch=epoch)),
+            ("GetArrival", peer_pb2.GetArrivalRequest(migration=name, epoch=epoch)),
         ]
-        return chance.choices(choices, [2, 2, 2, 2, 2, 1, 2])[0]
+        return chance.choices(choices, [2, 2, 2, 2, 2, 1, 2, 2])[0]
 
-    def _ask(self) -> int:
+    def _ask(self) -> None:
         method, request = self._question()
         if self._chance.random() < 0.6:
             messages.mutated(self._chance, request)
         self._call(self._caller(), method, request)
-        return 1
 
-    def _ask_garbage(self) -> int:
+    def _ask_garbage(self) -> None:
         method, request = self._question()
         content = messages.garbage(self._chance, request)
         connection = self._channels[self._caller()]
@@ -281,26 +280,26 @@ class Worker:
         except grpc.RpcError as error:
             outcome = self._outcome(error)
         self._note(method, outcome, 1)
-        return 1
 
-    def _end_one(self) -> int:
-        if not self._arrivals:
-            return self._prepare()
-        return self._end(self._arrivals.pop(self._chance.randrange(len(self._arrivals))))
+    def _end_one(self) -> None:
+        if self._arrivals:
+            self._end(self._arrivals.pop(self._chance.randrange(len(self._arrivals))))
 
-    def _end(self, arrival: _Arrival) -> int:
+    def _end(self, arrival: _Arrival) -> None:
         decision = self._chance.choice([peer_pb2.DECISION_ABORTED, peer_pb2.DECISION_RELEASED])
-        self._decide(PEERS[0], arrival.migration, arrival.epoch, decision)
-        return 1
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if self._decide(PEERS[0], arrival.migration, arrival.epoch, decision) != "UNREACHABLE":
+                break
 
-    def _hand_over(self) -> int:
+    def _hand_over(self) -> None:
         """One that comes as far as it can, with untimely messages about it all the time."""
         chance = self._chance
         self._made += 1
         name, epoch = f"m-{self._number}-{self._made}", self._made
         arrival = _Arrival(name, f"ct{self._number}-{self._made % 50}", epoch)
         if self._call(PEERS[0], "Prepare", messages.prepare(chance, name, arrival.container, epoch)) != "OK":
-            return 1
+            return
         self._call(PEERS[0], "Restore", peer_pb2.RestoreRequest(migration=name, epoch=epoch))
         decisions = [peer_pb2.DECISION_RELEASED, peer_pb2.DECISION_ABORTED, peer_pb2.DECISION_RELEASED]
         for decision in decisions[chance.randrange(2) :]:
@@ -308,10 +307,9 @@ class Worker:
             if method != "Decide":
                 self._call(PEERS[0], method, request)
             self._decide(PEERS[0], name, epoch, decision)
-        return 8
 
-    def _decide(self, caller: str, migration: str, epoch: int, decision: "peer_pb2.Decision") -> None:
-        self._call(caller, "Decide", peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision))
+    def _decide(self, caller: str, migration: str, epoch: int, decision: "peer_pb2.Decision") -> str:
+        return self._call(caller, "Decide", peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision))
 
     def _call(self, caller: str, method: str, request: Message) -> str:
         try:
@@ -331,6 +329,11 @@ class Worker:
         return made.reason if type(made) is not MigratorError else f"{made.reason} {code}"
 
     def _note(self, method: str, outcome: str, count: int) -> None:
+        if outcome == "UNREACHABLE":
+            # A busy machine: keepalive has broken the connection, and nothing is sent until there is another one.
+            count = 0
+            time.sleep(RECONNECT_S)
+        self._sent += count
         with self._lock:
             self._report.messages += count
             self._report.answers[f"{method} {outcome}"] += 1

@@ -29,7 +29,7 @@ from blockdev import reflink
 from blockdev.volume import VolumeStore
 from fuzzkit.host import FolderHost
 from migrator import certificates
-from migrator.destination import Arrivals
+from migrator.arrivals import Arrivals
 from migrator.errors import Unreachable
 from migrator.handover import Incoming
 from migrator.source import Here
@@ -80,11 +80,13 @@ def make_servers(folder: Path, resources: ExitStack) -> Servers:
     keeper = SnapshotKeeper(database, cast(Any, None), volumes, config.state_dir / "snapshots")
     host = FolderHost(config, volumes, keeper, incomings)
     arrivals = Arrivals(host, incomings)
-    leaving = Migrations(cast(Managers, SimpleNamespace(database=database)), Here(HOST, "6.18", (), "4.2"))
+    leaving = Migrations(
+        cast(Managers, SimpleNamespace(database=database, config=config)), Here(HOST, "6.18", (), "4.2")
+    )
     peers = PeerService(host, arrivals, leaving, config.peers)
     tend = Periodic("arrivals", TEND_S, lambda: arrivals.tend(_ask_nobody))
     resources.callback(tend.close)
-    migration = MigrationService(leaving)
+    migration = MigrationService(leaving, cast(Any, None))
     return Servers(
         [
             Service(

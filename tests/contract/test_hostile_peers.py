@@ -61,6 +61,7 @@ QUESTIONS: list[tuple[str, Any]] = [
     ("Restore", peer_pb2.RestoreRequest(**ABOUT)),
     ("Decide", peer_pb2.DecideRequest(**ABOUT, decision=peer_pb2.DECISION_ABORTED)),
     ("GetDecision", peer_pb2.GetDecisionRequest(**ABOUT)),
+    ("GetArrival", peer_pb2.GetArrivalRequest(**ABOUT)),
     ("DigestVolume", peer_pb2.DigestVolumeRequest(**ABOUT, target="volume/0", chunk_bytes=1 << 20)),
     ("Send", peer_pb2.SendRequest(**ABOUT, stream=1)),
 ]

@@ -7,6 +7,7 @@ finished. The same for either agent dying at every call, and for a link that is 
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests.fakes.ends import (
     Fault,
     FaultyOutgoings,
 )
-from tests.fakes.pair import HERE, Pair, die, make_pair, names
+from tests.fakes.pair import FAILURES, HERE, Pair, die, make_pair, names
 
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 
@@ -143,6 +144,44 @@ def test_every_call_fails_once(
                 assert str(fault) in outcome.error or name.startswith("journal a.abort"), (fault, outcome.error)
             if not moved:
                 next_one_works(pair, fault, state)
+
+
+@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
+def test_every_call_fails_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
+) -> None:
+    """As with a disk that is full until somebody makes room: from a moment on every call of a kind fails."""
+    calls = all_calls(tmp_path, monkeypatch, state)
+    for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
+        fault = Fault(name, number, after, ExecutionError, lasting=True)
+        with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
+            pair.calls.fault = fault
+            pair.calls.at_strike = Mended(pair)
+            migration, progress = pair.migrate()
+            assert pair.calls.struck, fault
+            with suppress(AssertionError, *FAILURES):
+                pair.carry_on(migration, progress)
+            pair.calls.fault = None
+            pair.carry_on(migration, progress)
+            for _ in range(3):
+                pair.tend()
+            if not check(pair, fault, state):
+                next_one_works(pair, fault, state)
+
+
+class Mended:
+    """Ends a fault when it has struck often enough to have been met by the way back, too."""
+
+    STRIKES = 4
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self._strikes = 0
+
+    def __call__(self) -> None:
+        self._strikes += 1
+        if self._strikes == self.STRIKES:
+            self._pair.calls.fault = None
 
 
 @pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
