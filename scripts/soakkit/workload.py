@@ -17,6 +17,7 @@ _SERVER = "redis-server --bind 0.0.0.0 --protected-mode no --save ''"
 # Opens connections, holds them, and asks on each of them once at the end.
 _HOLD = """
 import signal, socket, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 held = [socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=30) for _ in range(int(sys.argv[3]))]
 print("connected", flush=True)
 signal.sigwait({signal.SIGTERM})
