@@ -30,6 +30,7 @@ class FolderReservation:
         self._request = request
         self._folder = migration_folder(config, request.migration)
         self._bundle = config.state_dir / "containers" / request.container
+        self._keeper = keeper
         self._snapshots = ArrivingSnapshots(keeper, request)
         self._held = False
         self.has_base = False
@@ -93,6 +94,7 @@ class FolderReservation:
     def discard(self) -> None:
         self.shared.close()
         self._snapshots.close()
+        self._keeper.delete_all(self._request.container)
         for index in range(len(self._request.spec.volumes)):
             self._store.delete(volume_name(self._request.container, index))
         for folder in (self._folder, self._bundle):
