@@ -8,12 +8,13 @@ agent is done with it; the end of the pipe without one means that the agent is d
 """
 
 import os
-import select
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from migrator.waiting import readable
 
 READY = b"ready\n"
 START_TIMEOUT_S = 20.0
@@ -34,7 +35,7 @@ def guarding(config: Path, migration: str, container: str) -> Iterator[None]:
     assert process.stdin is not None
     assert process.stdout is not None
     with process.stdin as pipe, process.stdout as answers:
-        has_spoken = select.select([answers], [], [], START_TIMEOUT_S)[0]
+        has_spoken = readable([answers.fileno()], START_TIMEOUT_S)
         if not has_spoken or answers.readline() != READY:
             process.kill()
             process.wait()

@@ -2,13 +2,13 @@
 
 import errno
 import os
-import select
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from migrator.memory import ProcessGone
+from migrator.waiting import readable
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Process:
         if descriptor is None:
             return True
         try:
-            return bool(select.select([descriptor], [], [], max(0.0, timeout_s))[0])
+            return bool(readable([descriptor], timeout_s))
         finally:
             os.close(descriptor)
 

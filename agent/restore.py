@@ -6,7 +6,6 @@ runc restores with the `criu` that it finds on its PATH. There is a stand-in, th
 import errno
 import json
 import os
-import select
 import shlex
 import signal
 import sys
@@ -21,6 +20,7 @@ from agent.runtime import Launch
 from migrator.errors import ExecutionError
 from migrator.images import last_errors
 from migrator.shm.images import Amended
+from migrator.waiting import readable
 
 # Before the freeze: there is time.
 WARM_TIMEOUT_S = 120.0
@@ -147,7 +147,7 @@ class HeldRestore:
         heard = b""
         watched = [self._said] if launch is None else [self._said, launch.fileno()]
         while not heard.endswith(b"\n"):
-            ready = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))[0]
+            ready = readable(watched, deadline - time.monotonic())
             if self._said in ready:
                 heard += os.read(self._said, 1)
             elif launch is not None and ready:

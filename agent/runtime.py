@@ -7,7 +7,6 @@ one by `runc restore`; everything else is the same for both.
 
 import json
 import os
-import select
 import shutil
 import subprocess
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from agent.cgroup import Cgroup
 from agent.processes import Process
 from migrator.errors import ExecutionError, InvalidArgument
+from migrator.waiting import readable
 
 CREATE_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 30.0
@@ -328,7 +328,7 @@ def _read_line(pipe: int, timeout_s: float) -> dict[str, Any]:
     text = b""
     while b"\n" not in text:
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+        if left <= 0 or not readable([pipe], left):
             raise ExecutionError(f"conmon has not answered within {timeout_s:g} s")
         piece = os.read(pipe, 65536)
         if not piece:

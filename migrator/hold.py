@@ -38,6 +38,7 @@ from migrator.rtnetlink import (
     RouteSocket,
 )
 from migrator.tap import VNET_HEADER, Tap
+from migrator.waiting import readable
 
 LIMIT_BYTES = 64 << 20
 ANNOUNCE_AFTER_S = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -211,7 +212,7 @@ class TrafficHold:
         deadline = time.monotonic() + _STRAGGLERS_S
         try:
             while (left_s := deadline - time.monotonic()) > 0:
-                ready = select.select([tap.fileno() for tap in self._taps], [], [], left_s)[0]
+                ready = readable([tap.fileno() for tap in self._taps], left_s)
                 if ready and self._collect(unicast_only=True):
                     self._send_held()
         except OSError as error:

@@ -25,6 +25,7 @@ from migrator.fill.journal import Journal
 from migrator.fill.messages import Kind, Packet
 from migrator.fill.status import State, Status
 from migrator.fill.worker import LostChild, Worker
+from migrator.waiting import readable
 
 MOST_RESTARTS = 10
 _STATUS_S = 0.1
@@ -200,7 +201,7 @@ class Keeper:
             elif packet.descriptor is not None:
                 self._descriptors[packet.space] = packet.descriptor
         if worker is not None:
-            select.select([worker], [], [])
+            readable([worker])
         if self._journal.finished:
             Status(State.DONE).write(self._places.status)
         elif self._descriptors:

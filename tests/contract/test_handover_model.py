@@ -598,6 +598,7 @@ class Handovers(RuleBasedStateMachine):
                 assert self.running == {host.name}
         finally:
             for host in self.hosts.values():
+                host.arrival_host.close()
                 host.database.close()
             self._folder.cleanup()
 

@@ -465,10 +465,12 @@ class FakeReservation:
         with self._call("destination.discard"):
             assert not self._world.destination_runs, "a container that runs was discarded"
             self.left.clear()
+            self.shared.close()
 
     def reboot(self) -> None:
         """Processes and mounts are gone; files are there."""
         self.left -= {"held", "runc", "tap", "mount"}
+        self.shared.close()
         self.lost = True
 
 
@@ -509,6 +511,10 @@ class FakeArrivalHost:
 
     def left(self) -> set[str]:
         return set().union(*(made.left for made in self.reservations.values()))
+
+    def close(self) -> None:
+        for made in self.reservations.values():
+            made.shared.close()
 
 
 class LoopbackPeer:

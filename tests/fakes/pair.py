@@ -51,6 +51,7 @@ class Pair:
         self.source_is_up = True
 
     def close(self) -> None:
+        self.host.close()
         for database in self.databases:
             database.close()
 
