@@ -16,8 +16,10 @@ from migrator.errors import InvalidArgument
 FOLDER = Path("/run/netns")
 
 _CLONE_NEWNET = 0x40000000
+_CLONE_NEWNS = 0x00020000
 _MS_BIND = 0x1000
 _MS_REC = 0x4000
+_MS_SLAVE = 1 << 19
 _MS_SHARED = 1 << 20
 _MNT_DETACH = 2
 
@@ -85,6 +87,12 @@ def enter(name: str) -> None:
         _call(_libc.setns(descriptor, _CLONE_NEWNET), f"setns({path_of(name)})")
     finally:
         os.close(descriptor)
+
+
+def own_mounts() -> None:
+    """What this process mounts from now on is seen nowhere else and goes with it. Raises OSError."""
+    _call(_libc.unshare(_CLONE_NEWNS), "unshare(CLONE_NEWNS)")
+    _mount(None, Path("/"), _MS_SLAVE | _MS_REC)
 
 
 def _in_thread(work: Callable[[], _T]) -> _T:

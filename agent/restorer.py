@@ -83,6 +83,8 @@ class Criu:
                 namespaces.enter(network)
                 os.set_inheritable(theirs.fileno(), True)
                 command = json.loads(os.read(waiting, _MESSAGE_BYTES))
+                # Not before: by now all is mounted. Killed, CRIU would leave its working mounts behind.
+                namespaces.own_mounts()
                 os.execvp(command[0], [*command, "swrk", str(theirs.fileno())])
             finally:
                 os._exit(127)
