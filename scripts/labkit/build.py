@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from labkit import agent, remove
+from labkit import agent, remove, switch
 from labkit.hosts import CHECKOUT, CLIENT, LAB_FILE, MOUNT_POINTS, PATH, STATE, SWITCH, Host, LabError, ip, wait_for
 
 AGENT_PORT, PROXY_PORT = 7440, 3128
@@ -79,7 +79,8 @@ def make(hosts: list[Host]) -> None:
     for folder in (*MOUNT_POINTS, Path("/var/cache/migrator"), STATE):
         folder.mkdir(parents=True, exist_ok=True)
     STATE.chmod(0o700)
-    make_switch()
+    switch.make(SWITCH, CLIENT, "10.77.0.1")
+    start_proxy()
     make_certificates(hosts)
     for host in hosts:
         make_folder(host, hosts)
@@ -89,37 +90,6 @@ def make(hosts: list[Host]) -> None:
         agent.launch(host)
     for host in hosts:
         agent.wait_until_it_answers(host)
-
-
-def make_switch() -> None:
-    for name in (SWITCH, CLIENT):
-        subprocess.run(["ip", "netns", "add", name], check=True)
-    for name in (SWITCH, CLIENT):
-        settle_addresses_at_once(["nsenter", f"--net=/run/netns/{name}"])
-    ip(
-        f"""\
-link add switch address 02:77:00:00:00:fe type bridge mcast_snooping 0 stp_state 0 forward_delay 0
-link set switch addrgenmode none up
-link add client type veth peer name eth0 address 02:77:00:00:00:01 netns {CLIENT}
-link set client addrgenmode none master switch up
-""",
-        SWITCH,
-    )
-    ip(
-        """\
-link set lo up
-address add 10.77.0.1/16 dev eth0
-address add fd77::1/64 dev eth0
-link set eth0 up
-""",
-        CLIENT,
-    )
-    start_proxy()
-
-
-def settle_addresses_at_once(enter: list[str]) -> None:
-    # Duplicate address detection would keep an IPv6 address unusable for its first second.
-    subprocess.run([*enter, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0"], check=True)
 
 
 def start_proxy() -> None:
@@ -203,7 +173,7 @@ def start_host(host: Host) -> None:
 def connect(host: Host) -> None:
     """A bridge of the host's own, with its address, and the host's uplink as a port of it."""
     pid = host.init_pid()
-    settle_addresses_at_once(["nsenter", f"--target={pid}", "--net"])
+    switch.settle_addresses_at_once(["nsenter", f"--target={pid}", "--net"])
     ip(
         f"""\
 link add {host.name} type veth peer name eth0 address 02:77:02:00:00:{host.index:02x} netns {pid}

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+from labkit import switch
 from labkit.hosts import LabError, ip
 from vmkit.machines import CLIENT, CLIENT_ADDRESS, SWITCH, Machine
 
@@ -19,29 +20,7 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 def make() -> None:
     """The switch with its client. Raises LabError, CalledProcessError."""
-    for name in (SWITCH, CLIENT):
-        subprocess.run(["ip", "netns", "add", name], check=True)
-        # Duplicate address detection would keep an IPv6 address unusable for its first second.
-        quiet = ["sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0"]
-        subprocess.run(["nsenter", f"--net=/run/netns/{name}", *quiet], check=True)
-    ip(
-        f"""\
-link add switch address 02:77:00:00:00:fe type bridge mcast_snooping 0 stp_state 0 forward_delay 0
-link set switch addrgenmode none up
-link add client type veth peer name eth0 address 02:77:00:00:00:01 netns {CLIENT}
-link set client addrgenmode none master switch up
-""",
-        SWITCH,
-    )
-    ip(
-        f"""\
-link set lo up
-address add {CLIENT_ADDRESS}/16 dev eth0
-address add fd77::1/64 dev eth0
-link set eth0 up
-""",
-        CLIENT,
-    )
+    switch.make(SWITCH, CLIENT, CLIENT_ADDRESS)
 
 
 def remove() -> None:
