@@ -117,10 +117,6 @@ class HeldRestore:
         _tell(self._folder / VERDICT, "run")
         self._wait("resuming", launch, RUN_TIMEOUT_S)
 
-    def wait_running(self, launch: Launch | None) -> None:
-        """Wait until CRIU has let go of every task."""
-        self._wait("running", launch, RUN_TIMEOUT_S)
-
     def give_up(self) -> None:
         """Have whoever waits end without running anything. Repeatable."""
         if self._folder.is_dir():

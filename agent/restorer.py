@@ -95,6 +95,12 @@ class Criu:
         """Let it."""
         os.write(self._letting, json.dumps(command).encode())
 
+    def answer(self, program: str, message: bytes) -> bytes:
+        """Let it, and have it answer one request."""
+        self.become([program])
+        self.socket.send(message)
+        return self.socket.recv(_MESSAGE_BYTES)
+
     def end(self) -> int:
         """Leave it alone, have it undo what it has done, and wait for it; its exit code."""
         os.close(self._letting)
@@ -111,9 +117,7 @@ def main(folder: str, runc: socket.socket) -> int:
     request = rpc.criu_req.FromString(message)
     if request.type == rpc.RESTORE:
         return _Restore(Path(folder), orders, runc, criu).run(request)
-    criu.become([orders.criu])
-    criu.socket.send(message)
-    runc.send(criu.socket.recv(_MESSAGE_BYTES))
+    runc.send(criu.answer(orders.criu, message))
     return criu.end()
 
 
@@ -150,10 +154,8 @@ class _Restore:
     def _warm_up(self) -> None:
         """Have CRIU probe the kernel, for 40 ms; what it finds it keeps in /run/criu.kdat until the next boot."""
         first = Criu(self._orders.network)
-        first.become([self._orders.criu])
         question = rpc.criu_req(type=rpc.FEATURE_CHECK, features=rpc.criu_features(mem_track=False))
-        first.socket.send(question.SerializeToString())
-        first.socket.recv(_MESSAGE_BYTES)
+        first.answer(self._orders.criu, question.SerializeToString())
         first.end()
 
     def _amend(self, options: rpc.criu_opts) -> None:
@@ -194,8 +196,6 @@ class _Restore:
             if self._orders.freeze:
                 self._begin_to_freeze()
             _say(self._folder, "resuming")
-        if moment == "post-resume":
-            _say(self._folder, "running")
         return True
 
     def _begin_to_freeze(self) -> None:
