@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from agent import admission, examination, oci, shm_folder
 from agent.arriving_memory import ArrivingMemory
 from agent.arriving_snapshots import ArrivingSnapshots
 from agent.assembly import interfaces, volume_name
+from agent.breakpoints import Breakpoints
 from agent.container_records import State
 from agent.journal import Incomings
 from agent.managers import Managers
@@ -24,6 +25,7 @@ from agent.restorer import Orders
 from agent.rootfs import User
 from agent.runtime import Launch, Restore, find_program
 from agent.specs import check_binds
+from blockdev import durable
 from blockdev.blocks import Piece
 from migrator.errors import AlreadyExists, ExecutionError, NotFound, Precondition
 from migrator.hold import TrafficHold
@@ -60,6 +62,8 @@ class Arriving:
         self._launch: Launch | None = None
         self._hold: TrafficHold | None = None
         self._neighbours: Neighbours | None = None
+        self._breakpoints: Breakpoints | None = None
+        self._amended: shared_images.Amended | None = None
         self.has_base = False
         self._snapshots = ArrivingSnapshots(managers.snapshots, request)
 
@@ -94,7 +98,8 @@ class Arriving:
             self._managers.containers.reserve(self._name, self._spec, self._request.create_time_ms)
             undo.callback(self.discard)
             self._paths.bundle.mkdir(parents=True, mode=0o700, exist_ok=True)
-            (self._paths.bundle / REQUEST).write_bytes(self._request.SerializeToString())
+            durable.write(self._paths.bundle / REQUEST, self._request.SerializeToString())
+            durable.sync(self._paths.bundle.parent)
             for index, volume in enumerate(self._spec.volumes):
                 base = self._base(volume) if index == 0 else None
                 self.has_base = self.has_base or base is not None
@@ -125,7 +130,6 @@ class Arriving:
             network=self._name,
             group=runtime.cgroup(self._name).path,
             watchers=runtime.monitors.path,
-            freeze=self._state is State.PAUSED,
         )
         self._restore.prepare(orders, self._request.stdio, lazy=self._request.memory_bytes > 0)
         config = oci.config(
@@ -151,6 +155,7 @@ class Arriving:
 
     def warm_up(self) -> None:
         """runc has started and waits for `restore`."""
+        self._breakpoints = Breakpoints()
         restore = Restore(self._restore.images, programs=self._restore.programs)
         self._launch = self._managers.runtime.launch(self._name, restore)
         self._restore.wait_warm(self._launch)
@@ -173,68 +178,85 @@ class Arriving:
         """Attach the image files and mount them."""
         self._managers.assembly.mount(self._name, self._spec)
 
-    def restore(self) -> Mapping[str, float]:
-        """Every task is there and held on return."""
-        if self._launch is None:
-            raise ExecutionError(f"the restore of {self._name} was not prepared")
-        began = time.monotonic()
+    def amend_images(self) -> None:
+        """What the fill maps is left out, and shared memory is the store's."""
         if self._request.memory_bytes:
             self._memory.prepare()
         shm_folder.unpack(self._restore.images, self._paths.shm)
-        shared = shared_images.amend(self._restore.images, self.shared)
-        self._restore.inherit(shared)
-        prepared = time.monotonic()
+        self._amended = shared_images.amend(self._restore.images, self.shared)
+        self._restore.inherit(self._amended)
+
+    def restore(self) -> Mapping[str, float]:
+        """Every task is there and held on return."""
+        if self._launch is None or self._amended is None:
+            raise ExecutionError(f"the restore of {self._name} was not prepared")
+        began = time.monotonic()
         self._restore.restore(self._launch, self._paths.bundle / RESTORE_LOG)
-        shared.seal()
+        self._amended.seal()
         self.shared.close()
-        restored = time.monotonic()
-        return {"images": (prepared - began) * 1000, "restore": (restored - prepared) * 1000}
+        return {"restore": (time.monotonic() - began) * 1000}
 
     def is_held(self) -> bool:
         """Whether the restored tasks wait for their verdict."""
-        return self._restore.is_held()
+        return self._restore.is_held() and self._managers.runtime.has_conmon(self._name)
+
+    def complete(self) -> Mapping[str, float]:
+        """The tasks are there, frozen, and need neither CRIU nor runc any more. They may send, and hear nothing yet."""
+        runtime = self._managers.runtime
+        began = time.monotonic()
+        if self._hold is not None:
+            # Before their sockets are back: what these send at once, an ARP request, would be lost and repeated after
+            # 1 s. What is sent to them goes to the hold.
+            self._managers.networks.connect(self._name, self._links, learning=False)
+        connected = time.monotonic()
+        try:
+            if not self._restore.is_over:
+                self._restore.let_go(self._launch)
+                self._await_launched()
+                self._restore.end()
+            elif runtime.launched(self._name) is None:
+                raise ExecutionError(f"the restored copy of {self._name} has ended before it could run")
+        except BaseException:
+            # It is given up, and the source goes on before all of it is discarded.
+            self._cut_off()
+            runtime.cgroup(self._name).kill()
+            raise
+        resumed = time.monotonic()
+        return {"connect": (connected - began) * 1000, "resume": (resumed - connected) * 1000}
 
     def run(self) -> Mapping[str, float]:
         """The tasks run, connected, and have got what was held for them."""
         if not self._state.is_live or self._is_settled() or self._is_lost():
             return {}
+        if not self._restore.is_over:
+            self.complete()  # an operator has resolved it to be here
         began = time.monotonic()
-        # Before the tasks run: the first thing that a task sends, an ARP request, would be lost and repeated after 1 s.
-        self._managers.networks.connect(self._name, self._links, learning=self._hold is None)
-        connected = time.monotonic()
-        if self.is_held():
-            self._restore.resume(self._launch)
-        resumed = time.monotonic()
+        if self._hold is None:
+            self._managers.networks.connect(self._name, self._links)
+        if self._state is not State.PAUSED:
+            self._managers.runtime.cgroup(self._name).thaw()
+        thawed = time.monotonic()
         if self._hold is not None:
             held = self._hold.replay([host_end(self._name, number) for number in range(len(self._links))])
             log.info("replayed", container=self._name, frames=held, dropped=self._hold.frames_dropped)
         self._managers.networks.announce(self._name, self._links)
         replayed = time.monotonic()
-        times = {"connect": connected - began, "resume": resumed - connected, "replay": replayed - resumed}
-        return {name: seconds * 1000 for name, seconds in times.items()}
+        return {"thaw": (thawed - began) * 1000, "replay": (replayed - thawed) * 1000}
 
     def settle(self) -> bool:
         """The container is this host's own, and its memory is where it belongs."""
-        launch, self._launch = self._launch, None
-        if launch is not None:
-            launch.result()
-        elif self._state.is_live:
-            self._await_launched()
         if not self._is_settled():
-            state = self._state
-            if state.is_live and self._is_lost():
+            times = {
+                "create_time_ms": self._request.create_time_ms,
+                "start_time_ms": self._request.start_time_ms,
+            }
+            if self._state.is_live and self._is_lost():
                 # A reboot, say, after the handover and before this: as any container whose host was rebooted.
-                log.error("the container ended before it was this host's own", container=self._name)
-                self._managers.runtime.delete(self._name)
-                state = State.STOPPED
-            self._managers.containers.adopt(
-                self._name,
-                state,
-                create_time_ms=self._request.create_time_ms,
-                start_time_ms=self._request.start_time_ms,
-            )
-            if state.is_live:
-                self._managers.assembly.publish(self._name, self._spec)
+                self._managers.containers.adopt_lost(self._name, **times)
+            else:
+                self._managers.containers.adopt(self._name, self._state, **times)
+                if self._state.is_live:
+                    self._managers.assembly.publish(self._name, self._spec)
         if not self._memory.is_filled():
             return False
         self._clean_up()
@@ -249,15 +271,19 @@ class Arriving:
 
     def _is_lost(self) -> bool:
         """Whether there is nothing any more that runs or waits to run."""
-        return not (self.is_held() or self._managers.runtime.has_conmon(self._name))
+        return not self._managers.runtime.has_conmon(self._name)
 
     def _await_launched(self) -> None:
-        """As `Launch.result`, for a restore that an earlier life of the agent began."""
+        """runc has finished, also with a restore that an earlier life of the agent began."""
+        if self._launch is not None:
+            launch, self._launch = self._launch, None
+            launch.result()
+            return
         runtime = self._managers.runtime
         deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-        while runtime.has_conmon(self._name) and runtime.launched(self._name) is None:
-            if time.monotonic() > deadline:
-                raise ExecutionError(f"runc has not finished restoring {self._name} within {LAUNCH_TIMEOUT_S:g} s")
+        while runtime.launched(self._name) is None:
+            if not runtime.has_conmon(self._name) or time.monotonic() > deadline:
+                raise ExecutionError(f"runc has not finished restoring {self._name}")
             time.sleep(0.01)
 
     def discard(self) -> None:
@@ -267,12 +293,24 @@ class Arriving:
                 return  # it was discarded before, and the name is another container's by now
         except NotFound:
             pass  # discarded in part
+        self._cut_off()
         self._restore.give_up()
         self._close()
         self._managers.runtime.delete(self._name)
         self._memory.discard()
         self._managers.containers.unreserve(self._name)
         self._clean_up()
+
+    def _cut_off(self) -> None:
+        """Before its tasks end: a reset that their sockets would send is not for the client to see. Nor is the traffic
+        drawn here any more."""
+        self._managers.networks.disconnect(self._name, self._links)
+        self._end_hold()
+
+    def _end_hold(self) -> None:
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     def _clean_up(self) -> None:
         self._close()
@@ -292,9 +330,9 @@ class Arriving:
             self._launch.close()
         if self._neighbours is not None:
             self._neighbours.close()
-        if self._hold is not None:
-            self._hold.close()
-            self._hold = None
+        if self._breakpoints is not None:
+            self._breakpoints.close()
+        self._end_hold()
 
 
 class ArrivingHost:
@@ -310,12 +348,16 @@ class ArrivingHost:
         admission.check_container(self._managers.config, request.container, request.spec)
         return peer_pb2.ExamineResponse(
             host=self._here.host,
-            objections=examination.objections(self._managers, request, frozenset(self._here.cpu_flags)),
+            objections=self._objections(request),
             kernel=self._here.kernel,
             criu_version=self._here.criu_version,
             features=FEATURES,
             last_epoch=self._incomings.last_epoch(request.container),
         )
+
+    def _objections(self, request: peer_pb2.ExamineRequest) -> Iterator[peer_pb2.Objection]:
+        flags = frozenset(self._here.cpu_flags)
+        return examination.objections(self._managers, request, flags, self._here.criu_version)
 
     def check(self, request: peer_pb2.PrepareRequest) -> None:
         """Read-only; the container must not be in the way of another one either, whoever has asked before."""
@@ -324,7 +366,7 @@ class ArrivingHost:
         asked = peer_pb2.ExamineRequest(
             container=request.container, spec=request.spec, memory_bytes=request.memory_bytes
         )
-        for objection in examination.objections(self._managers, asked, frozenset(self._here.cpu_flags)):
+        for objection in self._objections(asked):
             raise Precondition(objection.message, reason=objection.reason)
 
     def reserve(self, request: peer_pb2.PrepareRequest) -> Arriving:

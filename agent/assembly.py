@@ -104,7 +104,10 @@ class Assembly:
         self._publisher.publish(name, interfaces(spec), ports(spec))
 
     def down(self, name: str, spec: ContainerSpec) -> None:
-        """Undo `connect` and `up`; repeatable, and right whatever part of it is there."""
+        """Undo `connect` and `up`; repeatable, and right whatever part of it is there.
+
+        Raises BlockError as long as a process that is none of the container's keeps a volume mounted.
+        """
         self._publisher.unpublish(name)
         self._networks.destroy(name)
         self._unmount(name, spec)
@@ -153,11 +156,18 @@ class Assembly:
                 self._volumes.open(volume_name(name, index), spec.volumes[index].filesystem).mount(at)
 
     def _unmount(self, name: str, spec: ContainerSpec) -> None:
-        shm_folder.unmount(self._runtime.paths(name).shm)
-        for index, at in reversed(list(enumerate(self.mount_points(name, spec)))):
-            mounted = self._volumes.find_mounted(volume_name(name, index), at)
-            if mounted is not None:
-                mounted.unmount()
+        # From the last to the first; what fails with one is raised when all have been seen to.
+        with ExitStack() as each:
+            for index, at in enumerate(self.mount_points(name, spec)):
+                each.callback(self._unmount_volume, volume_name(name, index), at)
+            each.callback(shm_folder.unmount, self._runtime.paths(name).shm)
+
+    def _unmount_volume(self, volume: str, at: Path) -> None:
+        mounted = self._volumes.find_mounted(volume, at)
+        if mounted is not None:
+            mounted.unmount()
+        else:
+            self._volumes.let_go(volume)
 
 
 def volume_name(name: str, index: int) -> str:

@@ -55,6 +55,7 @@ ROLES: dict[str, frozenset[Role]] = {
     "/migrator.v1.SnapshotService/RollbackSnapshot": _OPERATOR,
     "/migrator.v1.SnapshotService/DeleteSnapshot": _OPERATOR,
     "/migrator.v1.PeerService/Examine": _PEER,
+    "/migrator.v1.PeerService/Queue": _PEER,
     "/migrator.v1.PeerService/Prepare": _PEER,
     "/migrator.v1.PeerService/Send": _PEER,
     "/migrator.v1.PeerService/DigestVolume": _PEER,
@@ -70,11 +71,12 @@ ROLES: dict[str, frozenset[Role]] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _READER,
 }
 
-# Those of the above that change nothing, and so leave no line in the audit log.
+# Those of the above that change nothing, or only a place in a line, and so leave no line in the audit log.
 READING = frozenset(method for method, roles in ROLES.items() if roles & {Role.VIEWER}) | {
     "/migrator.v1.HostService/Diagnose",
     "/migrator.v1.VolumeService/CheckVolume",
     "/migrator.v1.PeerService/Examine",
+    "/migrator.v1.PeerService/Queue",
     "/migrator.v1.PeerService/GetDecision",
     "/migrator.v1.PeerService/GetArrival",
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from blockdev import stuck
 from migrator.errors import ExecutionError
 
 CPU_PERIOD_US = 100_000
@@ -131,10 +132,10 @@ class Cgroup:
         self._set(frozen=True)
         while not self.is_frozen():
             if time.monotonic() > deadline:
+                hanging = stuck.words(self.pids())
                 self._set(frozen=False)
                 raise ExecutionError(
-                    f"the tasks of control group {self.path} did not freeze within {timeout_s:g} s (a task in an "
-                    "uninterruptible wait?); they run on"
+                    f"control group {self.path}: its tasks did not freeze within {timeout_s:g} s and run on; {hanging}"
                 )
             polls += 1
             if self._is_v1 and polls % RETHAW_POLLS == 0:
@@ -266,7 +267,8 @@ class Cgroup:
             self.kill()
             self.thaw()
             if time.monotonic() > deadline:
-                raise ExecutionError(f"processes {self.pids()} of control group {self.path} do not die")
+                pids = self.pids()
+                raise ExecutionError(f"processes {pids} of control group {self.path} do not die; {stuck.words(pids)}")
             time.sleep(POLL_S)
         for top in self.folders():
             for folder in reversed(list(_tree(top))):

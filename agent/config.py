@@ -41,7 +41,7 @@ class Config:
     """`listen_address` is empty if only the local socket is served; `peers` is host name to host:port.
 
     `memory_tracker` is one of `migrator.memory.METHODS`; empty for the best that this kernel has. `max_migrations` is
-    how many containers may be on their way from this host at once; the others wait.
+    how many containers may be on their way from this host at once, `max_arrivals` how many to it; the others wait.
     """
 
     host: str
@@ -52,6 +52,7 @@ class Config:
     pool_size_bytes: int
     memory_tracker: str
     max_migrations: int
+    max_arrivals: int
     listen_address: str
     tls: Tls
     network: Network
@@ -92,6 +93,7 @@ def parse(document: Mapping[str, Any]) -> Config:
         pool_size_bytes=_pool_size(top.value("pool_size", "20GiB", (str, int))),
         memory_tracker=_choice("memory_tracker", top.text("memory_tracker", ""), METHODS),
         max_migrations=_between("max_migrations", top.number("max_migrations", 8), 1, 64),
+        max_arrivals=_between("max_arrivals", top.number("max_arrivals", 8), 1, 64),
         listen_address=_address("listen.address", listen.text("address", "")),
         tls=Tls(
             ca=tls.path("ca", "/etc/migrator/ca.crt"),

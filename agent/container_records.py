@@ -24,8 +24,16 @@ CREATE TABLE IF NOT EXISTS containers (
     init_ticks INTEGER NOT NULL DEFAULT 0,
     conmon_pid INTEGER NOT NULL DEFAULT 0,
     conmon_ticks INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS losses (
+    container TEXT PRIMARY KEY,
+    time_ms INTEGER NOT NULL
 ) STRICT
 """
+_SELECT = (
+    "SELECT containers.*, coalesce(losses.time_ms, 0) AS lost_time_ms"
+    " FROM containers LEFT JOIN losses ON losses.container = containers.name"
+)
 
 
 class State(StrEnum):
@@ -73,6 +81,8 @@ class Record:
     init_ticks: int
     conmon_pid: int
     conmon_ticks: int
+    # When it was found to have ended without anybody having seen how; 0 if that has not been, or was heeded.
+    lost_time_ms: int = 0
 
     def refuse(self, verb: str, *states: State) -> None:
         """Raise Precondition (WRONG_STATE) in one of these states, but Busy where it is on its way here."""
@@ -102,13 +112,13 @@ class Records:
 
     def get(self, name: str) -> Record:
         """The record; raises NotFound."""
-        rows = self._database.rows("SELECT * FROM containers WHERE name = ?", name)
+        rows = self._database.rows(f"{_SELECT} WHERE name = ?", name)
         if not rows:
             raise NotFound(f"there is no container {name} on this host: see migrator ps", reason="CONTAINER_NOT_FOUND")
         return _record(rows[0])
 
     def all(self) -> list[Record]:
-        return [_record(row) for row in self._database.rows("SELECT * FROM containers ORDER BY name")]
+        return [_record(row) for row in self._database.rows(f"{_SELECT} ORDER BY name")]
 
     def insert(self, name: str, spec: ContainerSpec, state: State, create_time_ms: int = 0) -> Record:
         """A new record; raises AlreadyExists."""
@@ -134,9 +144,21 @@ class Records:
             cursor.execute("UPDATE containers SET spec = ? WHERE name = ?", (spec.SerializeToString(), name))
         return self.get(name)
 
+    def note_loss(self, name: str) -> Record:
+        """It has ended, and nobody has seen how."""
+        with self._database.transaction() as cursor:
+            cursor.execute("INSERT OR REPLACE INTO losses VALUES (?, ?)", (name, now_ms()))
+        return self.get(name)
+
+    def heed_loss(self, name: str) -> None:
+        """An operator knows of it; nothing to do if there was none."""
+        with self._database.transaction() as cursor:
+            cursor.execute("DELETE FROM losses WHERE container = ?", (name,))
+
     def delete(self, name: str) -> None:
         with self._database.transaction() as cursor:
             cursor.execute("DELETE FROM containers WHERE name = ?", (name,))
+            cursor.execute("DELETE FROM losses WHERE container = ?", (name,))
 
 
 def now_ms() -> int:

@@ -25,10 +25,12 @@ from agent.processes import Process
 from agent.restarts import RestartClock, wants_restart
 from agent.rootfs import find_user
 from agent.runtime import ContainerPaths, Launched, Runtime
+from agent.salvage import tried
 from agent.specs import check_binds, check_name, complete
 from agent.watcher import ExitWatcher
 from blockdev.volume import MountedVolume
-from migrator.errors import Busy, ExecutionError, InvalidArgument, MigratorError, NotFound, Precondition
+from migrator.destination import FAILURES
+from migrator.errors import Busy, ExecutionError, InvalidArgument, NotFound, Precondition
 from migrator.units import format_size
 from migrator.v1.container_pb2 import ContainerSpec
 
@@ -173,6 +175,7 @@ class Containers:
             record = self._records.get(name)
             record.refuse("start", State.RUNNING, State.PAUSED, State.ARRIVING)
             self._clock.cancel(name)
+            self._records.heed_loss(name)
             return self._start(record, restarts=0)
 
     def stop(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> Record:
@@ -268,6 +271,15 @@ class Containers:
         self._watch(record)
         return record
 
+    def adopt_lost(self, name: str, *, create_time_ms: int, start_time_ms: int) -> None:
+        """A reserved container is this host's own now, but its tasks are gone: the disk is what there is of it."""
+        log.error("container lost: it ended before it was this host's own", container=name)
+        self._runtime.delete(name)
+        self._assembly.down(name, self.spec(name))
+        self._records.note_loss(name)
+        times = {"create_time_ms": create_time_ms, "start_time_ms": start_time_ms}
+        self._after_end(self._records.update(name, state=State.STOPPED, should_run=1, **times))
+
     def forget(self, name: str) -> None:
         """The container lives elsewhere now: end its frozen tasks without running them, delete all that is theirs."""
         try:
@@ -287,18 +299,21 @@ class Containers:
             if record.state is State.ARRIVING:
                 if record.name not in arriving:
                     log.warning("remove container whose creation was interrupted", container=record.name)
-                    self._remove(record)
+                    with tried(f"container {record.name}"):
+                        self._remove(record)
                 continue
             if record.state.is_live:
                 self._watch(self._settle_pause(record))
                 continue
             try:
                 with self.hold(record.name, "it is being looked at after a start of the agent"):
-                    self._take_down(record)
-                    if record.should_run:
-                        self._schedule(record, 0.0)
-            except MigratorError as error:
-                log.warning("reconcile", container=record.name, error=str(error))
+                    try:
+                        self._take_down(record)
+                    finally:
+                        if record.should_run:
+                            self._schedule(record, 0.0)
+            except FAILURES as error:
+                log.error("reconcile", container=record.name, error=str(error))
         recorded = {record.name for record in self._records.all()}
         for name in self._runtime.known():
             if name not in recorded:
@@ -370,8 +385,13 @@ class Containers:
                     if launched.init.is_alive():
                         log.warning("conmon is gone, so the container is ended too", container=name)
                     self._after_end(self._ended(self._records.get(name)))
-        except MigratorError as error:
-            log.error("container's end", container=name, error=str(error))
+        except NotFound:
+            return
+        except FAILURES as error:
+            # Until all is taken down it counts as running: what is mounted is not at rest.
+            self._runs.setdefault(name, launched)
+            delay_s = self._clock.schedule(name, 0.0, lambda: self._note_end(name, launched))
+            log.error("container's end", container=name, error=str(error), again_in_s=delay_s)
 
     def _after_end(self, record: Record) -> None:
         if record.should_run and wants_restart(record.spec.restart_policy, record.exit_code):
@@ -390,7 +410,7 @@ class Containers:
                 if record.should_run and record.state is State.STOPPED:
                     try:
                         self._start(record, restarts=record.restarts + 1)
-                    except MigratorError as error:
+                    except FAILURES as error:
                         log.error("restart", container=name, error=str(error))
                         self._records.update(name, should_run=1, restarts=record.restarts + 1)
                         self._schedule(record, 0.0)
@@ -405,6 +425,9 @@ class Containers:
         conmon.wait(deadline - time.monotonic())
         code = self._runtime.exit_code(name)
         record = self._records.update(name, exit_code=code)
+        if code is None:
+            log.error("container lost: its host was restarted, or its conmon was killed", container=name)
+            record = self._records.note_loss(name)
         self._take_down(record)
         return self._records.update(name, state=State.STOPPED, init_pid=0, conmon_pid=0)
 

@@ -3,42 +3,42 @@
 import json
 import os
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import structlog
 
-from agent import guard, neighbours, oci, shm_folder
+from agent import guard, neighbours, oci
 from agent.assembly import interfaces, volume_name
 from agent.backlog import Backlog
-from agent.cgroup import Cgroup
-from agent.container_records import Record, Records, State
-from agent.database import Database
+from agent.breakpoints import Breakpoints
+from agent.container_records import Record, State
+from agent.dump import LEFT_OUT, SMAPS, Dump
 from agent.journal import Incomings
 from agent.managers import Managers
-from agent.network import Networks
 from agent.processes import Process, pid_inside
-from agent.runtime import Runtime, environment, find_program
+from agent.resumption import CRIU_PROCESS, resume
+from agent.runtime import environment, find_program
 from blockdev import filesystem, tracker
 from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
-from migrator import memory
+from migrator import memory, smaps
 from migrator.criu import Criu, DumpRequest
 from migrator.memory import MemoryTracker
 from migrator.network import Neighbour
-from migrator.pageless import Pageless
 from migrator.ports import Checkpoint, LeavingVolume
+from migrator.shm import left_out
 from migrator.snapshots import LeavingSnapshot
 from migrator.v1 import container_pb2, migration_pb2, peer_pb2
 
-DUMP_TIMEOUT_S = 120.0
-WARM_UP_TIMEOUT_S = 10.0
+WARM_UP_TIMEOUT_S = 60.0
 REHEARSAL_S = 0.003
+# While the container stands still.
+STOPPED_FREEZE_S = 20.0
 # What takes so long has not gained from the rehearsal before; once it may be a busy processor.
 SLOW_REHEARSAL_S = 0.025
 SLOW_REHEARSALS = 3
@@ -46,8 +46,6 @@ SLOW_REHEARSALS = 3
 ACCEPT_PATIENCE_S = 0.1
 ACCEPT_S = 0.002
 CRIU_CONFIGURATION = "dump.conf"
-CRIU_PROCESS = "criu.pid"
-CRIU_ROLLBACK_S = 10.0
 
 log = structlog.get_logger()
 
@@ -166,10 +164,10 @@ class Departing:
     def track_writes(self, volume: LeavingVolume) -> Iterator[WriteTracker]:
         """A started tracker on the volume's loop device: by eBPF, or by comparing where that does not work."""
         assert volume.device is not None
-        if (why := tracker.probe()) is not None:
-            log.warning("the disk is read whole in the freeze, to compare it", container=self.name, because=why)
-        with closing(tracker.make(volume.device, volume.image)) as writes:
-            writes.start()
+        writes, why = tracker.start(volume.device, volume.image)
+        with closing(writes):
+            if why is not None:
+                log.warning("the disk is read whole in the freeze, to compare it", container=self.name, because=why)
             yield writes
 
     @contextmanager
@@ -178,11 +176,12 @@ class Departing:
         if self._record.state is not State.RUNNING:
             yield
             return
-        try:
-            self._cgroup.freeze()
-            yield
-        finally:
-            self._cgroup.thaw()
+        with self._between_rehearsals:
+            try:
+                self._cgroup.freeze()
+                yield
+            finally:
+                self._cgroup.thaw()
 
     @contextmanager
     def track_memory(self) -> Iterator[tuple[MemoryTracker | None, str]]:
@@ -207,16 +206,18 @@ class Departing:
         (self._folder / CRIU_CONFIGURATION).write_text("file-validation filesize\n")
         pageless = None if with_memory else self._managers.pageless
         parent = self._folder / "parent"
+        files = {smaps.FOLDER: str(self._folder / SMAPS), left_out.FILE: str(self._folder / LEFT_OUT)}
         try:
             with (
-                Criu(find_program("criu"), environment(), self._paths.netns, pageless) as criu,
+                Criu(find_program("criu"), environment() | files, self._paths.netns, pageless) as criu,
                 closing(Backlog(self.name)) as self._backlog,
+                closing(Breakpoints()),
             ):
                 if (process := Process.find(criu.pid)) is not None:
                     process.note(self._folder / CRIU_PROCESS)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
                 request = self._request(None if pageless is None else parent)
-                yield _Dump(criu, request, self._cgroup, self._paths.shm, pageless)
+                yield Dump(criu, request, self._cgroup, self._paths.shm, pageless, self._managers.smaps)
         finally:
             shutil.rmtree(self._folder)
 
@@ -309,7 +310,7 @@ class Departing:
     def freeze_volumes(self) -> None:
         """What is on the image files is whole on return, and stays so."""
         for mount in self._mounted():
-            filesystem.freeze(mount.at)
+            filesystem.freeze(mount.at, STOPPED_FREEZE_S)
 
     def thaw_volumes(self) -> None:
         """Repeatable."""
@@ -319,7 +320,7 @@ class Departing:
     def resume(self) -> None:
         """Repeatable, and right from every state of the freeze."""
         if self._record.state.is_live:
-            _resume(self._record, self._folder, self._managers.runtime, self._managers.networks)
+            resume(self._record, self._folder, self._managers.runtime, self._managers.networks)
 
     # -- after the handover -----------------------------------------------------------------------------------------
 
@@ -352,62 +353,3 @@ class Departing:
             external_mounts=external,
             parent=parent,
         )
-
-
-class _Dump:
-    """CRIU lets the control group go while it works: it is frozen again before anything else happens."""
-
-    def __init__(self, criu: Criu, request: DumpRequest, cgroup: Cgroup, shm: Path, pageless: Pageless | None) -> None:
-        self._criu = criu
-        self._request = request
-        self._cgroup = cgroup
-        self._shm = shm
-        self._pageless = pageless
-
-    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
-        """Write the images; on return the tasks are stopped by CRIU and by the control group."""
-        if self._request.parent is not None and self._pageless is not None:
-            self._pageless.prepare(self._request.parent, {pid: pid_inside(pid) for pid in self._cgroup.pids()})
-        self._criu.dump(self._request, DUMP_TIMEOUT_S, sent, check)
-        self._cgroup.freeze()
-        shm_folder.pack(self._shm, self._request.images)
-
-
-def resume_at_source(name: str, folder: Path, database: Database, runtime: Runtime, networks: Networks) -> None:
-    """Thaw and reconnect a container whose migration was aborted, from nothing but the database and the host.
-
-    `folder` is the migration's.
-    """
-    record = Records(database).get(name)
-    if record.state.is_live:
-        _resume(record, folder, runtime, networks)
-
-
-def _resume(record: Record, folder: Path, runtime: Runtime, networks: Networks) -> None:
-    """Every step is tried, whatever became of those before; the first failure is raised at the end."""
-    paths = runtime.paths(record.name)
-    links = interfaces(record.spec)
-    with ExitStack() as steps:  # it runs them from the last to the first
-        cgroup = runtime.cgroup(record.name)
-        steps.callback(cgroup.limit_cpu, record.spec.cpu_millis)
-        if record.state is not State.PAUSED:
-            steps.callback(cgroup.thaw)
-        # After a reboot, say, there is nothing to connect.
-        if Process(record.init_pid, record.init_ticks).is_alive():
-            steps.callback(networks.announce, record.name, links)
-            steps.callback(networks.connect, record.name, links)
-        steps.callback(_await_criu, folder)
-        # Before CRIU: it takes away the links that it has made, and waits for ever in a frozen file system.
-        for at in (paths.rootfs, *(paths.volumes / str(index) for index in range(1, len(record.spec.volumes)))):
-            steps.callback(filesystem.thaw, at)
-
-
-def _await_criu(folder: Path) -> None:
-    """Wait until the CRIU of a dead agent has rolled back: it ends with the control group as it found it, frozen.
-
-    Killed half-way it would leave its own code in the tasks, so that is for one that does not come to an end.
-    """
-    process = Process.noted(folder / CRIU_PROCESS)
-    if process is not None and not process.wait(CRIU_ROLLBACK_S):
-        process.signal(signal.SIGKILL)
-        process.wait(CRIU_ROLLBACK_S)

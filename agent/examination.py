@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,9 @@ SPARE_BYTES = 64 << 20
 
 
 def objections(
-    managers: Managers, request: peer_pb2.ExamineRequest, cpu_flags: frozenset[str]
+    managers: Managers, request: peer_pb2.ExamineRequest, cpu_flags: frozenset[str], criu_version: str
 ) -> Iterator[peer_pb2.Objection]:
-    """Everything that speaks against it, each with its reason."""
+    """Everything that speaks against it, each with its reason. The last two are what this host has."""
     host = managers.config.host
     spec: container_pb2.ContainerSpec = request.spec
     yield from _name(managers, request.container)
@@ -51,6 +52,13 @@ def objections(
     if missing and request.cpu_flags:
         message = f"{host}'s processors lack {', '.join(sorted(missing)[:8])}, which the container may be using"
         yield peer_pb2.Objection(reason="CPU_FLAGS_MISSING", message=message)
+    # CRIU reads what older ones have written; only numbers of two places have brought images of another kind.
+    if request.memory_bytes and is_older(criu_version, request.criu_version):
+        message = (
+            f"CRIU {criu_version} of {host} is older than the source's {request.criu_version}, whose checkpoints it "
+            "may not understand: run scripts/setup there"
+        )
+        yield peer_pb2.Objection(reason="CRIU_OLDER", message=message)
 
 
 def _name(managers: Managers, name: str) -> Iterator[peer_pb2.Objection]:
@@ -66,7 +74,7 @@ def _name(managers: Managers, name: str) -> Iterator[peer_pb2.Objection]:
 def _room(managers: Managers, request: peer_pb2.ExamineRequest) -> Iterator[peer_pb2.Objection]:
     host = managers.config.host
     free = pool.room(managers.volumes.folder).available_bytes
-    needed = request.disk_bytes + SPARE_BYTES
+    needed = max(0, request.disk_bytes - _base_bytes(managers, request.spec)) + SPARE_BYTES
     if free < needed:
         message = f"no room on {host}: the disk needs {needed >> 20} MiB, {free >> 20} MiB are free"
         yield peer_pb2.Objection(reason="NO_SPACE", message=message)
@@ -75,6 +83,15 @@ def _room(managers: Managers, request: peer_pb2.ExamineRequest) -> Iterator[peer
     if available < wanted:
         message = f"not enough memory on {host}: {wanted >> 20} MiB are needed, {available >> 20} MiB are available"
         yield peer_pb2.Objection(reason="NO_MEMORY", message=message)
+
+
+def _base_bytes(managers: Managers, spec: container_pb2.ContainerSpec) -> int:
+    """What the container's image takes here, if it is here: a volume shares with it what is the same. How much that is
+    shows when it is sent, and a piece for which there is no room is refused then."""
+    try:
+        return managers.images.get(spec.image).path.stat().st_blocks * 512
+    except (NotFound, FileNotFoundError):
+        return 0
 
 
 def _addresses(spec: container_pb2.ContainerSpec) -> set[str]:
@@ -87,6 +104,12 @@ def cpu_flags() -> frozenset[str]:
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
+
+
+def is_older(here: str, there: str) -> bool:
+    """Whether one version is before another, by its first two numbers; False where one is not known."""
+    mine, theirs = (tuple(int(number) for number in re.findall(r"\d+", text)[:2]) for text in (here, there))
+    return bool(mine and theirs) and mine < theirs
 
 
 def kernel() -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 from migrator.waiting import readable
 
 READY = b"ready\n"
-START_TIMEOUT_S = 20.0
+# Before the freeze: there is time, also on a host that is very busy.
+START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
 
 
@@ -61,9 +62,9 @@ def main(config_path: str, migration: str, container: str) -> int:
     from agent import config as configuration
     from agent import journal
     from agent.database import Database
-    from agent.departure import resume_at_source
     from agent.managers import migration_folder
     from agent.network import Networks
+    from agent.resumption import resume_at_source
     from agent.runtime import Runtime
     from migrator.handover import HandoverError
 

@@ -21,7 +21,7 @@ from migrator.v1 import host_pb2, host_pb2_grpc
 from migrator.wire import memory_available_bytes
 
 ANSWER_S = 2.0
-PROGRAM_S = 5.0
+PROGRAM_S = 15.0
 
 
 class Hosts:

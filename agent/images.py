@@ -22,8 +22,9 @@ from agent.database import Database
 from agent.disk_images import DiskSource
 from agent.image_sizes import SLACK_BYTES, SMALLEST_BYTES, size_for
 from agent.rootfs import opened_in
+from agent.salvage import tried
 from agent.tarball import Cancel, Tarball
-from blockdev import filesystem, loop, pool
+from blockdev import durable, filesystem, loop, pool
 from blockdev.volume import SUFFIX, Volume, VolumeStore
 from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
 from migrator.units import format_size
@@ -45,6 +46,9 @@ REMOVED = (
     ("/var/lib/dbus", r"machine-id"),
     ("/var/lib/systemd", r"random-seed|credential\.secret"),
 )
+
+# How long a start of the agent waits for somebody who is still in what is to be cleared away.
+UNMOUNT_TIMEOUT_S = 5.0
 
 log = structlog.get_logger()
 Report = Callable[[str], None]
@@ -213,20 +217,24 @@ class Images:
             )
 
     def sweep(self) -> None:
-        """Remove what an interrupted life of the agent has left."""
+        """Remove what an interrupted life of the agent has left, or as much of it as can be."""
         for at in self._mounts.iterdir():
-            for mounted in (at / "old", at / "new", at):
-                if os.path.ismount(mounted):
-                    filesystem.unmount(mounted)
-            shutil.rmtree(at)
-        for _, device in loop.find_all(path for path in self._staging.rglob("*") if path.is_file()):
-            device.detach()
+            with tried(f"mount point {at}"):
+                for mounted in (at / "old", at / "new", at):
+                    if filesystem.is_mounted(mounted):
+                        filesystem.unmount(mounted, UNMOUNT_TIMEOUT_S)
+                shutil.rmtree(at)
+        for path, device in loop.find_all(path for path in self._staging.rglob("*") if path.is_file()):
+            with tried(f"{device.path} of {path}"):
+                device.detach()
         shutil.rmtree(self._staging)
         self._staging.mkdir(mode=0o700)
-        self._unfinished.sweep()
+        with tried(f"unfinished images in {self._unfinished.folder}"):
+            self._unfinished.sweep()
         for name in self._unfinished.names():
             log.warning("remove unfinished image", file=name)
-            self._unfinished.delete(name)
+            with tried(f"unfinished image {name}"):
+                self._unfinished.delete(name)
         known = {image.name for image in self.all()}
         for path in self._folder.glob(f"*{SUFFIX}"):
             if path.name.removesuffix(SUFFIX) not in known:
@@ -254,7 +262,10 @@ class Images:
         """Give a complete volume its place and its record."""
         image = Image(name, self._path(name), volume.kind, time.time_ns() // 1_000_000, origin)
         volume.path.chmod(0o400)
+        # A record without an image would be worse than an image without a record, which `sweep` removes.
+        durable.sync(volume.path)
         volume.path.rename(image.path)
+        durable.sync(self._folder)
         try:
             with self._database.transaction() as cursor:
                 cursor.execute(

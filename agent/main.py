@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import structlog
 
+from agent import allocator, handshakes
 from agent import config as configuration
-from agent import handshakes
 from agent.config import Config
 from blockdev.errors import BlockError
 from migrator.errors import ExecutionError, Exit, MigratorError, Precondition
@@ -43,6 +43,7 @@ log = structlog.get_logger()
 def main(config_file: Path, log_level: str, log_format: str) -> None:
     """Run the agent of this host in the foreground."""
     set_up_log(log_level, log_format)
+    allocator.set_up()
     # What a container waits for shall not wait 5 ms at a time for a thread that computes digests.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

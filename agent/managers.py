@@ -13,6 +13,7 @@ from agent.runtime import Runtime
 from agent.snapshots import SnapshotKeeper
 from blockdev.volume import VolumeStore
 from migrator.pageless import Pageless
+from migrator.smaps import Smaps
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Managers:
     snapshots: SnapshotKeeper
     # None where CRIU cannot be kept from dumping memory.
     pageless: Pageless | None
+    # None where CRIU has to read the kernel's.
+    smaps: Smaps | None
 
     def migration_folder(self, migration: str) -> Path:
         """Where one migration keeps what is gone after a reboot: CRIU's images, pipes."""

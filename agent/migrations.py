@@ -17,11 +17,22 @@ from agent.journal import Outgoings
 from agent.managers import Managers
 from agent.peers import RemotePeer
 from agent.places import Places
+from agent.turns import Turn
 from migrator import convergence, recovery
 from migrator.convergence import OnNoConverge
-from migrator.errors import Busy, Cancelled, InvalidArgument, NotFound, Precondition, TimedOut
+from migrator.errors import (
+    Busy,
+    Cancelled,
+    ExecutionError,
+    InvalidArgument,
+    MigratorError,
+    NotFound,
+    Precondition,
+    TimedOut,
+)
 from migrator.handover import Outgoing
 from migrator.options import Options
+from migrator.ports import Peer
 from migrator.progress import Progress
 from migrator.source import Departure, Here
 from migrator.v1 import migration_pb2, peer_pb2
@@ -35,7 +46,7 @@ CREATE TABLE IF NOT EXISTS migrations (
 """
 DROP = migration_pb2.SNAPSHOT_HANDLING_DROP
 KEPT = 1000
-WATCH_INTERVAL_S = 5.0
+WATCH_INTERVAL_S = 0.25
 SETTLE_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 
@@ -72,27 +83,30 @@ class Migrations:
         with ExitStack() as stack:
             name = f"m-{secrets.token_hex(4)}"
             self._managers.containers.record(request.container)
-            what = f"migration {name} to {request.destination} is under way (migrator migrations cancel {name})"
-            stack.enter_context(self._managers.containers.hold(request.container, what))
-            record = self._managers.containers.record(request.container)
-            record.refuse("move", State.ARRIVING)
-            record = self._managers.snapshots.settle(record.name)
-            if record.state is State.PAUSED and record.name in self._paused_for_room():
-                record = replace(record, state=State.RUNNING)  # there is room where it goes
-            peer = stack.enter_context(RemotePeer(self._managers.config, request.destination))
             migration = migration_pb2.Migration(
-                name=name, container=record.name, source=host, destination=request.destination, where_running=host
+                name=name,
+                container=request.container,
+                source=host,
+                destination=request.destination,
+                where_running=host,
             )
             migration.create_time.FromMilliseconds(time.time_ns() // 1_000_000)
             progress = Progress(migration, request.timeout_ms)
+            turn = Turn(name, request.container, self._managers.containers, self._places, host, progress)
+            stack.callback(turn.close)
+            turn.take_container()
+            if (other := self.of(request.container)) and not options.check_only:
+                raise Busy(f"container {request.container} is busy: migration {other} waits for its turn")
+            self._ready(request.container)
+            peer = stack.enter_context(RemotePeer(self._managers.config, request.destination))
             self._store.save(migration)
-            departing = self._departing(record, name, request.snapshots)
-            departure = Departure(name, self._here, departing, peer, self._outgoings, progress, options)
-            if not options.check_only:
-                self._places.join(name)
-                stack.callback(self._places.leave, name)
-                progress.queued(self._places.position(name))
-            self._begin(name, progress, lambda: self._in_turn(name, progress, departure), stack.pop_all())
+
+            def depart() -> Departure:
+                departing = self._departing(self._ready(request.container), name, request.snapshots)
+                return Departure(name, self._here, departing, peer, self._outgoings, progress, options)
+
+            turn.join(at_once=options.check_only)
+            self._begin(name, progress, lambda: self._in_turn(turn, peer, progress, depart), stack.pop_all())
         return progress.snapshot()
 
     def get(self, name: str) -> migration_pb2.Migration:
@@ -137,14 +151,12 @@ class Migrations:
             return
         version = 0
         while wanted():
-            seen, migration = progress.wait(version, WATCH_INTERVAL_S)
+            version, migration = progress.wait(version, WATCH_INTERVAL_S)
             if migration.outcome:
                 self._wait_settled(name, migration)
                 yield migration
                 return
-            if seen != version:
-                yield migration
-            version = seen
+            yield migration
 
     def decision(self, name: str, epoch: int, asker: str) -> peer_pb2.Decision:
         """What is decided, for the destination. One that nobody works on and that is undecided is aborted first."""
@@ -189,7 +201,7 @@ class Migrations:
             if ended is not None and ended.may_destroy:
                 progress.end(migration_pb2.OUTCOME_MIGRATED, ended.destination)
             else:
-                progress.end(migration_pb2.OUTCOME_ROLLED_BACK, self._here.host, recovery.lost(self._here.host))
+                progress.end(migration_pb2.OUTCOME_ROLLED_BACK, self._here.host, recovery.restarted(self._here.host))
             self._store.save(progress.snapshot())
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -203,19 +215,27 @@ class Migrations:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _in_turn(self, name: str, progress: Progress, departure: Departure) -> None:
-        if progress.snapshot().queue_position:
-            try:
-                self._places.wait(name, progress.check, progress.queued)
-            except Cancelled as error:
-                progress.end(migration_pb2.OUTCOME_CANCELLED, self._here.host, error)
-                return
-            except TimedOut as error:
-                progress.end(migration_pb2.OUTCOME_TIMED_OUT, self._here.host, error)
-                return
-        departure.run()
-
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _in_turn(self, turn: Turn, peer: Peer, progress: Progress, depart: Callable[[], Departure]) -> None:
+        try:
+            turn.wait_here()
+            while not depart().run():
+                turn.wait_there(peer)
+        except Cancelled as error:
+            progress.end(migration_pb2.OUTCOME_CANCELLED, self._here.host, error)
+        except TimedOut as error:
+            progress.end(migration_pb2.OUTCOME_TIMED_OUT, self._here.host, error)
+        except MigratorError as error:  # of the waiting: nothing has been touched
+            progress.end(migration_pb2.OUTCOME_REFUSED, self._here.host, error)
+
+    def _ready(self, container: str) -> Record:
+        """As it is to be moved, with its lease taken. Raises NotFound, Busy, and what settling its snapshots meets."""
+        self._managers.containers.record(container).refuse("move", State.ARRIVING)
+        record = self._managers.snapshots.settle(container)
+        if record.state is State.PAUSED and record.name in self._paused_for_room():
+            record = replace(record, state=State.RUNNING)  # there is room where it goes
+        return record
 
     def _departing(self, record: Record, migration: str, snapshots: migration_pb2.SnapshotHandling = DROP) -> Departing:
         return Departing(self._managers, record, self._managers.migration_folder(migration), snapshots)
@@ -233,16 +253,22 @@ class Migrations:
         """Run the work in a thread of its own, which gives the resources back and stores the end."""
 
         def run() -> None:
+            failure: MigratorError | None = None
             try:
                 with resources:
                     try:
                         work()
-                    except Exception:
+                    except Exception as error:
+                        # A bug, whatever its kind: the container may stand still, and what is on record comes next.
                         log.exception("migration", migration=name)
+                        failure = ExecutionError(f"unexpected {type(error).__name__}: {error}")
                     if not self._finish(name, progress):
                         # The agent stops: the container stays held until the process is gone.
                         self._kept.append(resources.pop_all())
+                    elif not progress.snapshot().outcome:
+                        progress.end(migration_pb2.OUTCOME_REFUSED, self._here.host, failure)
             except Exception:
+                # Nobody is above this thread, and its end has still to be stored.
                 log.exception("migration", migration=name)
             finally:
                 self._store.save(progress.snapshot())

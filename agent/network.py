@@ -97,11 +97,13 @@ class Networks:
                 self._route.set_port(socket.if_nametoindex(host_end(container, number)), PORT_LOCKED, 1)
 
     def disconnect(self, container: str, interfaces: Sequence[Interface]) -> None:
-        """Detach the links from their bridges; repeatable. Nothing reaches or leaves the container from now on."""
+        """Detach the links that there are from their bridges; repeatable. Nothing reaches or leaves the container from
+        now on."""
         self._stop_announcing(container)
         with network_errors(f"disconnecting {container}"):
             for number in range(len(interfaces)):
-                self._route.set_master(socket.if_nametoindex(host_end(container, number)), 0)
+                if index := _index(host_end(container, number)):
+                    self._route.set_master(index, 0)
 
     def announce(self, container: str, interfaces: Sequence[Interface]) -> None:
         """Tell the network, from inside, that the container's addresses are here: now, and again in the background."""
@@ -153,6 +155,14 @@ class Networks:
         for container in list(self._announcing):
             self._stop_announcing(container)
         self._route.close()
+
+
+def _index(link: str) -> int:
+    """The interface's number, 0 if there is no such."""
+    try:
+        return socket.if_nametoindex(link)
+    except OSError:
+        return 0
 
 
 def host_end(container: str, number: int) -> str:

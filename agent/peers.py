@@ -1,6 +1,7 @@
 """Other hosts' agents, called over mutual TLS (`migrator.ports.Peer`)."""
 
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,21 @@ RESUME_S = 25.0
 RETRY_S = 0.5
 
 log = structlog.get_logger()
+
+
+class _Patience:
+    """How long a connection that breaks again and again is waited for: anew whenever something has come by it."""
+
+    def __init__(self) -> None:
+        self._progress = -1
+        self._until = 0.0
+
+    def is_over(self, progress: int) -> bool:
+        """To be asked when it has broken. `progress` counts what has come in all."""
+        now = time.monotonic()
+        if progress != self._progress:
+            self._progress, self._until = progress, now + RESUME_S
+        return now > self._until
 
 
 class RemotePeer:
@@ -71,6 +87,12 @@ class RemotePeer:
             answer: peer_pb2.ExamineResponse = self._urgent.Examine(request, timeout=QUICK_S)
         return answer
 
+    def queue(self, migration: str, waited_s: float, *, leave: bool = False) -> int:
+        request = peer_pb2.QueueRequest(migration=migration, waited_ms=int(waited_s * 1000), leave=leave)
+        with self._errors():
+            answer: peer_pb2.QueueResponse = self._urgent.Queue(request, timeout=QUICK_S)
+        return max(0, answer.position)
+
     def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         answer: peer_pb2.PrepareResponse = self._wait(self._stub.Prepare.future(request, timeout=SLOW_S))
         return answer
@@ -82,12 +104,53 @@ class RemotePeer:
     def digest_volume(
         self, migration: str, epoch: int, target: str, chunk_bytes: int
     ) -> Iterator[peer_pb2.DigestVolumeResponse]:
-        """As long as the peer reads there is no deadline."""
+        """As long as the peer reads there is no deadline. A broken connection is waited for as by `send`."""
         request = peer_pb2.DigestVolumeRequest(migration=migration, epoch=epoch, target=target, chunk_bytes=chunk_bytes)
+        given, patience = 0, _Patience()
+        while True:
+            try:
+                # Nothing changes what is read: the same answers come again.
+                for answer in itertools.islice(self._digests(request), given, None):
+                    given += 1
+                    yield answer
+                return
+            except Unreachable as error:
+                if self._is_urgent or patience.is_over(given):
+                    raise
+                log.warning("digests broke off; they are asked for again", peer=self.host, why=str(error))
+                self._sleep(RETRY_S)
+
+    def _digests(self, request: peer_pb2.DigestVolumeRequest) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        call = self._stub.DigestVolume(request)
+        # None at the end. A peer may read for minutes without an answer, while a container waits or an operator does.
+        answers: queue.SimpleQueue[peer_pb2.DigestVolumeResponse | BaseException | None] = queue.SimpleQueue()
+
+        def listen() -> None:
+            try:
+                for answer in call:
+                    answers.put(answer)
+            except BaseException as error:
+                answers.put(error)
+            answers.put(None)
+
+        threading.Thread(target=listen, name="digests", daemon=True).start()
         with self._errors():
-            for answer in self._stub.DigestVolume(request):
-                self._check()
-                yield answer
+            try:
+                while True:
+                    try:
+                        answer = answers.get(timeout=CHECK_S)
+                    except queue.Empty:
+                        self._check()
+                        self._feel_pulse()
+                        continue
+                    if answer is None:
+                        return
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    self._check()
+                    yield answer
+            finally:
+                call.cancel()
 
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
         """As long as pieces move there is no deadline; a dead peer is noticed by the channel's keepalive.
@@ -95,17 +158,14 @@ class RemotePeer:
         While no container waits, a broken connection is waited for, and the stream goes on where it was.
         """
         with closing(Outbound(next(self._streams), requests)) as stream:
-            confirmed, patience = -1, 0.0
+            patience = _Patience()
             while True:
                 try:
                     self._attempt(stream)
                     return
                 except Unreachable as error:
                     stream.check()
-                    now = time.monotonic()
-                    if stream.confirmed != confirmed:
-                        confirmed, patience = stream.confirmed, now + RESUME_S
-                    if self._is_urgent or now > patience:
+                    if self._is_urgent or patience.is_over(stream.confirmed):
                         raise
                     log.warning("a stream broke; it goes on when there is a connection", peer=self.host, why=str(error))
                     self._sleep(RETRY_S)
@@ -170,6 +230,7 @@ class RemotePeer:
             resume_ms=wire.plausible_ms(answer.resume_ms),
             total_ms=wire.plausible_ms(answer.total_ms),
             steps=wire.plausible_steps(answer.steps),
+            refusal=answer.refusal[: wire.LONGEST_REASON],
         )
 
     def _wait(self, call: "grpc.Future[Any]") -> Any:

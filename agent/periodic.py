@@ -29,4 +29,5 @@ class Periodic:
             try:
                 self._work()
             except Exception:
+                # Whatever it is: a thread that ended here would leave its work undone from now on, and say nothing.
                 log.exception("periodic work failed", what=self._name)

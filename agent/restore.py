@@ -11,12 +11,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, RESTORING, SAID, VERDICT, Orders
+from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
 from agent.runtime import Launch
+from migrator import faults
 from migrator.errors import ExecutionError
 from migrator.images import last_errors
 from migrator.shm.images import Amended
@@ -24,9 +26,10 @@ from migrator.waiting import readable
 
 # Before the freeze: there is time.
 WARM_TIMEOUT_S = 120.0
-HELD_TIMEOUT_S = 20.0
+HELD_TIMEOUT_S = 60.0
 RUN_TIMEOUT_S = 30.0
 TELL_TIMEOUT_S = 1.0
+_OVER = "over"
 
 # runc moves what it has started into the control groups of the container. The restorer must not be frozen with it,
 # nor its memory count as the container's.
@@ -96,26 +99,38 @@ class HeldRestore:
 
     def restore(self, launch: Launch, log: Path) -> None:
         """Let runc and CRIU go on, until every task is restored and held. `log` is CRIU's."""
+        restorer = Process.noted(self._folder / RESTORER)
+        if restorer is None or not restorer.is_alive():
+            raise ExecutionError("what was prepared for the restore has ended before it")
         _tell(self._folder / GO, "go")
+        faults.point("destination.restoring")
         try:
             self._wait("held", launch, HELD_TIMEOUT_S)
         except ExecutionError as error:
             raise ExecutionError(f"{error}{last_errors(log)}", reason="RESTORE_FAILED") from error
 
     def is_held(self) -> bool:
-        """Whether the restorer waits for its verdict, also one of an earlier agent's, and CRIU with it.
+        """Whether the restorer waits for its verdict, also one of an earlier agent's."""
+        restorer = Process.noted(self._folder / HOLDING)
+        return restorer is not None and restorer.is_alive()
 
-        If CRIU alone is dead the restorer waits on, and so do the tasks, but nobody would ever let them go.
-        """
-        noted = [Process.noted(self._folder / name) for name in (HOLDING, RESTORING)]
-        return all(process is not None and process.is_alive() for process in noted)
-
-    def resume(self, launch: Launch | None) -> None:
-        """Let the tasks go on; returns when their sockets are back, just before the first of them runs."""
+    def let_go(self, launch: Launch | None) -> None:
+        """Have CRIU let go of the tasks, which the freezer takes over; their sockets are back on return."""
+        if not self.is_held():
+            raise ExecutionError("what was to let the restored tasks go has ended")
         if self._said < 0:
             self._open()
-        _tell(self._folder / VERDICT, "run")
-        self._wait("resuming", launch, RUN_TIMEOUT_S)
+        _tell(self._folder / VERDICT, "go")
+        self._wait("resumed", launch, RUN_TIMEOUT_S)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `end` was called, also by an earlier agent since the host was booted."""
+        return (self._folder / _OVER).exists()
+
+    def end(self) -> None:
+        """CRIU and runc have ended, and the tasks are complete without them."""
+        (self._folder / _OVER).touch()
 
     def give_up(self) -> None:
         """Have whoever waits end without running anything. Repeatable."""
@@ -123,10 +138,11 @@ class HeldRestore:
             (self._folder / GIVEN_UP).touch()  # for one that has not come as far as to listen
         for name in (GO, VERDICT):
             _tell(self._folder / name, "give-up", must_be_heard=False)
-        # It may be in the middle of the restore.
-        restorer = Process.noted(self._folder / RESTORER)
-        if restorer is not None:
-            restorer.signal(signal.SIGKILL)
+        # They may be in the middle of the restore.
+        for name in (RESTORER, CRIU):
+            process = Process.noted(self._folder / name)
+            if process is not None:
+                process.signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Close the pipe; the folder stays."""
@@ -138,21 +154,33 @@ class HeldRestore:
         self._said = os.open(self._folder / SAID, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _wait(self, word: str, launch: Launch | None, timeout_s: float) -> None:
-        """Wait for a word from the restorer, or for runc to fail."""
+        """Wait for a word from the restorer, or for runc to fail; where an earlier agent has started it, for the end of
+        the restorer."""
         deadline = time.monotonic() + timeout_s
         heard = b""
-        watched = [self._said] if launch is None else [self._said, launch.fileno()]
-        while not heard.endswith(b"\n"):
-            ready = readable(watched, deadline - time.monotonic())
-            if self._said in ready:
-                heard += os.read(self._said, 1)
-            elif launch is not None and ready:
-                launch.result()  # raises: nothing has been restored yet
-                raise ExecutionError(f"runc ended before it said {word!r}")
-            else:
-                raise ExecutionError(f"the restore did not come to {word!r} within {timeout_s:g} s")
+        with ExitStack() as stack:
+            ended = self._restorer(stack) if launch is None else launch.fileno()
+            while not heard.endswith(b"\n"):
+                ready = readable([self._said, ended], deadline - time.monotonic())
+                if not ready:
+                    raise ExecutionError(f"the restore did not come to {word!r} within {timeout_s:g} s")
+                if self._said in ready:
+                    heard += os.read(self._said, 1)
+                elif launch is not None:
+                    launch.result()  # raises: nothing has been restored yet
+                    raise ExecutionError(f"runc ended before it said {word!r}")
+                else:
+                    raise ExecutionError(f"the restorer ended before it said {word!r}")
         if heard.decode().strip() != word:
             raise ExecutionError(f"the restore said {heard.decode().strip()!r} instead of {word!r}")
+
+    def _restorer(self, stack: ExitStack) -> int:
+        process = Process.noted(self._folder / HOLDING)
+        descriptor = None if process is None else process.open()
+        if descriptor is None:
+            raise ExecutionError("the restorer that was to let the tasks go has ended")
+        stack.callback(os.close, descriptor)
+        return descriptor
 
 
 def _tell(pipe: Path, word: str, *, must_be_heard: bool = True) -> None:

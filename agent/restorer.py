@@ -6,7 +6,8 @@ a CRIU of its own and keeps two of them back: the request to restore, until ever
 the freeze, and CRIU needs no action script, which it would start six times.
 
 What it needs is in its folder (`Orders`, and named pipes): it outlives the agent, and the next one can speak to it. Any
-verdict but `run`, and its own end, have CRIU kill what it has restored.
+verdict but `go`, and its own end, have CRIU kill what it has restored. After `go` CRIU lets go of the tasks, and the
+freezer takes them over: whether they ever run does not depend on CRIU and runc any more.
 """
 
 import json
@@ -15,6 +16,7 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,14 +26,14 @@ from agent import namespaces
 from agent.cgroup import Cgroup
 from agent.processes import Process
 from blockdev import kernel
+from migrator.criu import LOG_LEVEL
+from migrator.waiting import readable
 
 GO, VERDICT, SAID = "go", "verdict", "said"
-RESTORER, HOLDING = "restorer.pid", "holding.pid"
-"""Where it notes itself: when runc has asked for the restore, and when every task is held."""
+RESTORER, HOLDING, CRIU = "restorer.pid", "holding.pid", "criu.pid"
+"""Where it notes itself, when runc has asked for the restore and when every task is held; and where it notes CRIU."""
 GIVEN_UP = "given-up"
 """There when nobody will ever answer: it may only come to ask afterwards."""
-RESTORING = "restoring.pid"
-"""Where CRIU is noted, before the tasks are held."""
 INHERIT = "inherit"
 """A script that opens what CRIU inherits and becomes the command that it is given, where there is one by then."""
 
@@ -54,8 +56,6 @@ class Orders:
     # The container's control group, and that of the processes that watch containers.
     group: str
     watchers: str
-    # Whether the tasks are to be frozen before the first of them runs.
-    freeze: bool
 
     def write(self, folder: Path) -> None:
         """For `read`."""
@@ -127,6 +127,12 @@ class _Restore:
         self._orders = orders
         self._runc = runc
         self._criu = criu
+        credentials = runc.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self._runc_pid, _, _ = _CREDENTIALS.unpack(credentials)
+        self._stand_in = os.getppid()
+        self._beside = ThreadPoolExecutor(1)
+        self._moved: Future[None] | None = None
+        self._letting_go = False
 
     def run(self, request: rpc.criu_req) -> int:
         """Until CRIU has ended."""
@@ -142,6 +148,7 @@ class _Restore:
         # What is mounted on the folder next would be mounted there, too, where mounts are shared, and be left behind.
         kernel.mount("none", bound, "", _MS_PRIVATE)
         self._warm_up()
+        note(self._criu.pid, self._folder / CRIU)
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
         if ask(self._folder, "warm", GO, RESTORER) != "go":
@@ -161,17 +168,19 @@ class _Restore:
     def _amend(self, options: rpc.criu_opts) -> None:
         """CRIU looks for its folders among the descriptors of the process that has made its socket: now this one."""
         options.root = self._orders.root
-        credentials = self._runc.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        runc, _, _ = _CREDENTIALS.unpack(credentials)
+        options.log_level = LOG_LEVEL
         for name in ("images_dir_fd", "work_dir_fd"):
             if options.HasField(name):
-                theirs = f"/proc/{runc}/fd/{getattr(options, name)}"
+                theirs = f"/proc/{self._runc_pid}/fd/{getattr(options, name)}"
                 setattr(options, name, os.open(theirs, os.O_RDONLY | os.O_DIRECTORY))
 
     def _relay(self) -> bool:
         """Hand on one message of CRIU's, and runc's answer to it; False when there is nothing more."""
         message, descriptors, _, _ = socket.recv_fds(self._criu.socket, _MESSAGE_BYTES, _DESCRIPTORS)
         if not message:
+            if self._letting_go:
+                # It was killed, and the kernel lets the tasks go that it had stopped.
+                Cgroup(self._orders.group).begin_to_freeze()
             return False
         socket.send_fds(self._runc, [message], descriptors)
         for descriptor in descriptors:
@@ -186,35 +195,45 @@ class _Restore:
         return True
 
     def _may_go_on(self, moment: str) -> bool:
+        if moment == "setup-namespaces":
+            # The first task is there, and the others will be its children.
+            self._moved = self._beside.submit(self._leave_the_tasks)
         if moment == "post-restore":
-            restoring = Process.find(self._criu.pid)
-            if restoring is None:
+            if ask(self._folder, "held", VERDICT, HOLDING) != "go":
                 return False
-            restoring.note(self._folder / RESTORING)
-            return ask(self._folder, "held", VERDICT, HOLDING) == "run"
+            # Any of them that has ended meanwhile: nobody is to wait until the others have noticed.
+            if os.getppid() != self._stand_in or readable([self._criu.socket.fileno(), self._runc.fileno()], 0):
+                _say(self._folder, "broken")
+                return False
+            self._letting_go = True
         if moment == "pre-resume":
-            if self._orders.freeze:
-                self._begin_to_freeze()
-            _say(self._folder, "resuming")
+            (self._moved or self._beside.submit(self._leave_the_tasks)).result()
+            Cgroup(self._orders.group).begin_to_freeze()
+        if moment == "post-resume":
+            _say(self._folder, "resumed")
         return True
 
-    def _begin_to_freeze(self) -> None:
-        """The tasks, which stop as CRIU lets go of them; not CRIU, and not the stand-in that runc waits for."""
-        for pid in (self._criu.pid, os.getppid()):
+    def _leave_the_tasks(self) -> None:
+        """CRIU and the stand-in that runc waits for are not to be frozen with them. 10 ms, beside CRIU's work."""
+        for pid in (self._criu.pid, self._stand_in):
             (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(pid))
-        Cgroup(self._orders.group).begin_to_freeze()
 
 
-def ask(folder: Path, word: str, pipe: str, note: str) -> str:
-    """Say the word and wait for what is answered; the note tells a later agent that an answer is awaited.
+def note(pid: int, path: Path) -> None:
+    """Write a process of this one's down, for `Process.noted`."""
+    process = Process.find(pid)
+    if process is not None:
+        process.note(path)
+
+
+def ask(folder: Path, word: str, pipe: str, asking: str) -> str:
+    """Say the word and wait for what is answered; a note, `asking`, tells a later agent that an answer is awaited.
 
     Empty if the agent has given up before.
     """
-    process = Process.find(os.getpid())
-    assert process is not None
     # Opened to write as well: it does not end when an agent does.
     with (folder / pipe).open("r+b", buffering=0) as answers:
-        process.note(folder / note)
+        note(os.getpid(), folder / asking)
         if (folder / GIVEN_UP).exists():
             return ""
         _say(folder, word)
@@ -230,4 +249,5 @@ if __name__ == "__main__":
     _, _folder, _verb, _descriptor = sys.argv
     # Not for CRIU: it has a socket of its own.
     os.set_inheritable(int(_descriptor), False)
-    sys.exit(main(_folder, socket.socket(fileno=int(_descriptor))))
+    # runc waits for its end, and by then nothing is left to be tidied up.
+    os._exit(main(_folder, socket.socket(fileno=int(_descriptor))))

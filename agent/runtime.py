@@ -5,23 +5,28 @@ control group of its own, so that it outlives the agent. It makes the container 
 one by `runc restore`; everything else is the same for both.
 """
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
+from blockdev import filesystem
 from migrator.errors import ExecutionError, InvalidArgument
 from migrator.waiting import readable
 
 CREATE_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 30.0
 PRIVATE_PROGRAMS = "/usr/local/lib/migrator/bin"
+# Below runc's folder of a container that it restores: where it mounts the root for CRIU.
+_CRIU_ROOT = "criu-root"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -233,17 +238,31 @@ class Runtime:
         group.kill()
         group.thaw()
         if (self.root / name).is_dir():
-            try:
+            with suppress(ExecutionError):
+                # It refuses a state file that a crash has cut short, and sees nothing where there is none yet.
                 self.runc(name, "delete", "--force", name)
-            except ExecutionError:
-                # A state file that a crash has cut short is refused for ever.
-                shutil.rmtree(self.root / name, ignore_errors=True)
         group.destroy()
+        self._delete_state(self.root / name)
         if process is not None and not process.wait(2.0):
             process.signal(9)
             process.wait(2.0)
         shutil.rmtree(paths.run, ignore_errors=True)
         paths.exit_file.unlink(missing_ok=True)
+
+    def _delete_state(self, folder: Path) -> None:
+        """What a runc that was killed has left."""
+        if not folder.is_dir():
+            return
+        # Its second view of the container's root: what is in there must not be deleted through it.
+        view = folder / _CRIU_ROOT
+        if view.is_dir():
+            try:
+                filesystem.unmount(view)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # it had not been mounted yet
+                    raise
+            view.rmdir()
+        shutil.rmtree(folder)
 
     def _is_conmon(self, pid: int, name: str) -> bool:
         try:

@@ -16,14 +16,15 @@ from agent.assembly import Assembly, volume_name
 from agent.container_records import Record, Records, State
 from agent.containers import Containers
 from agent.database import Database
+from agent.salvage import tried
 from agent.snapshot_records import Snapshot, SnapshotRecords, new_identifier
 from blockdev import filesystem, tracker
 from blockdev.bpf_tracker import BpfTracker
-from blockdev.errors import BlockError
 from blockdev.snapshot import SnapshotStore
 from blockdev.volume import VolumeStore
 from migrator import faults
-from migrator.errors import Busy, InvalidArgument, MigratorError, Precondition
+from migrator.destination import FAILURES
+from migrator.errors import Busy, InvalidArgument, Precondition
 from migrator.snapshots import LeavingSnapshot
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
@@ -180,7 +181,8 @@ class Snapshots:
 
         Containers whose migration is not finished are left to it.
         """
-        self._keeper.sweep()
+        with tried("unfinished snapshots"):
+            self._keeper.sweep()
         for record in self._containers.all():
             if record.state is State.ARRIVING:
                 continue
@@ -192,7 +194,7 @@ class Snapshots:
                         self._thaw(record.name)
             except Busy:
                 continue
-            except (MigratorError, BlockError, OSError) as error:
+            except FAILURES as error:
                 log.warning("recovering snapshots", container=record.name, error=str(error))
 
     def _thaw(self, container: str) -> None:

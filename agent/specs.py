@@ -5,6 +5,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from agent import oci
+from blockdev import loop
 from blockdev.formats.disk import LARGEST_BYTES
 from migrator.errors import InvalidArgument
 from migrator.v1.container_pb2 import ContainerSpec, Volume
@@ -38,6 +39,9 @@ def complete(name: str, spec: ContainerSpec, image_filesystem: str) -> Container
     """A checked copy with hostname and volumes filled in; its bind mounts are on this host. Raises InvalidArgument."""
     result = _complete(name, spec, image_filesystem)
     check_binds(result)
+    for volume in result.volumes:
+        # What is beyond the last whole block of a device cannot be read or written through it, but mkfs writes there.
+        volume.size_bytes = -(-volume.size_bytes // loop.BLOCK_BYTES) * loop.BLOCK_BYTES
     if len(result.volumes) > MAXIMUM_VOLUMES:
         raise InvalidArgument(f"{len(result.volumes)} volumes are too many: {MAXIMUM_VOLUMES} are possible")
     if result.ports and not any(interface.addresses for interface in result.interfaces):

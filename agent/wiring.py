@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 
 from agent import (
+    allocator,
     arrival,
     container_records,
     examination,
@@ -35,6 +36,7 @@ from agent.peers import ask_destination, ask_source
 from agent.periodic import Periodic
 from agent.room import RoomGuard
 from agent.runtime import Runtime, environment, find_program
+from agent.salvage import tried
 from agent.server import Service
 from agent.services.containers import ContainerService
 from agent.services.hosts import HostService
@@ -50,8 +52,10 @@ from blockdev import pool
 from blockdev.volume import VolumeStore
 from migrator import pageless
 from migrator.arrivals import Arrivals
+from migrator.destination import FAILURES
 from migrator.errors import MigratorError
 from migrator.pageless import Pageless
+from migrator.smaps import Smaps
 from migrator.source import Here
 from migrator.v1 import (
     container_pb2_grpc,
@@ -72,6 +76,8 @@ SCHEMAS = (
     room.SCHEMA,
 )
 TEND_INTERVAL_S = 1.0
+# What a move has used is given back soon after it.
+TIDY_INTERVAL_S = 10.0
 
 log = structlog.get_logger()
 
@@ -95,15 +101,20 @@ class Agent:
     def recover(self, resources: ExitStack) -> None:
         """Compare what should be with what is, and carry on what a former life had begun."""
         config = self.managers.config
-        self.managers.volumes.sweep()
-        for name in self.managers.volumes.release():
-            log.warning("released a loop device that was left", volume=name)
-        self.images.sweep()
-        template.sweep(config.cache_dir)
+        with tried("unfinished volumes"):
+            self.managers.volumes.sweep()
+        with tried("loop devices"):
+            for name in self.managers.volumes.release():
+                log.warning("released a loop device that was left", volume=name)
+        with tried("unfinished images"):
+            self.images.sweep()
+        with tried("unfinished templates"):
+            template.sweep(config.cache_dir)
         # First of all: a container whose migration is not finished must not be started again by its restart policy.
         self.migrations.claim()
         self.snapshots.recover()
-        self.volumes.recover()
+        with tried("sizes of volumes"):
+            self.volumes.recover()
         self.managers.containers.reconcile({record.container for record in self.incomings.unfinished()})
         self.arrivals.recover()
         self.migrations.recover()
@@ -112,6 +123,8 @@ class Agent:
         resources.callback(tend.close)
         look = Periodic("room", room.LOOK_S, self.room.look)
         resources.callback(look.close)
+        tidy = Periodic("allocator", TIDY_INTERVAL_S, allocator.give_back)
+        resources.callback(tidy.close)
 
     def services(self) -> list[Service]:
         """What is served. A new service goes here, and its methods into `agent.auth.ROLES`."""
@@ -194,6 +207,7 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         containers,
         keeper,
         find_pageless(config),
+        find_smaps(resources),
     )
     here = Here(config.host, examination.kernel(), sorted(examination.cpu_flags()), hosts.criu_version())
     incomings = Incomings(database)
@@ -210,7 +224,7 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         room=guard,
         hosts=Hosts(config, containers, folder, metadata.version("migrator")),
         migrations=leaving,
-        arrivals=Arrivals(arrival_host, incomings),
+        arrivals=Arrivals(arrival_host, incomings, config.max_arrivals),
         arrival_host=arrival_host,
         incomings=incomings,
     )
@@ -223,3 +237,14 @@ def find_pageless(config: Config) -> Pageless | None:
     except MigratorError as error:
         log.warning("CRIU dumps all memory while a container stands still", reason=str(error))
         return None
+
+
+def find_smaps(resources: ExitStack) -> Smaps | None:
+    """Whether flags of mappings can be had here without a walk through all pages."""
+    try:
+        found = Smaps()
+    except FAILURES as error:
+        log.warning("CRIU has the kernel look through all memory while a container stands still", reason=str(error))
+        return None
+    resources.callback(found.close)
+    return found

@@ -5,26 +5,29 @@ import itertools
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from blockdev import extents
 from blockdev.errors import BlockError
 from blockdev.extents import Range
 
 PIECE_BYTES = 1 << 20
+# In a batch.
+BATCH_PIECES = 1024
 ALIGNMENT = 4096
 # Zeros are looked for in steps of this; a shorter run is sent as it is.
 ZERO_STEP_BYTES = 65536
 # Holes are looked for in ranges from this length on, which discards leave; in a shorter one it costs more than reading.
 HOLE_SEARCH_BYTES = 1 << 20
 
-# What is read in one go by one of the threads, and how many of these may be waiting.
+# What is read in one go by one of the threads, and how much may be waiting. A device needs several reads at once to be
+# fast with small ones, and few of the large ones.
 _BATCH_PIECES = 16
-_READERS = 2
-_AHEAD = 4
+_READERS = 8
+_AHEAD, _AHEAD_BYTES = 16, 4 << 20
 
 _ZEROS = bytes(ZERO_STEP_BYTES)
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
@@ -32,13 +35,36 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes at an offset; `data` None stands for zeros."""
+class Piece(NamedTuple):
+    """Bytes at an offset; `data` None stands for zeros. A tuple because many thousands are made inside a freeze."""
 
     offset: int
     length: int
     data: bytes | memoryview | None
+
+
+class Batch(NamedTuple):
+    """Many pieces in one, for which a `Piece` each would cost more than their bytes.
+
+    `layout` has the offset and the length of each, the length of zeros negative; `data` the bytes of those that have
+    any, one behind the other, PIECE_BYTES at most.
+    """
+
+    layout: list[int]
+    data: bytes | memoryview
+
+
+def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
+    """Each as a batch of one."""
+    for offset, length, data in pieces:
+        yield Batch([offset, -length], b"") if data is None else Batch([offset, length], data)
+
+
+def zeros(ranges: Sequence[Range]) -> Iterator[Batch]:
+    """These ranges as zeros."""
+    for at in range(0, len(ranges), BATCH_PIECES):
+        some = ranges[at : at + BATCH_PIECES]
+        yield Batch([word for part in some for word in (part.start, part.start - part.end)], b"")
 
 
 def open_direct(path: Path, *, writable: bool = False) -> int:
@@ -63,13 +89,18 @@ def read(
         yield from _split(_read_batch(descriptor, first, buffers))
         return
     with ThreadPoolExecutor(_READERS, "read-ahead") as readers:
-        ahead: deque[Future[list[_Read]]] = deque()
+        ahead: deque[tuple[Future[list[_Read]], int]] = deque()
+        waiting = 0
         for batch in itertools.chain((first, second), batches):
-            ahead.append(readers.submit(_read_batch, descriptor, batch, buffers))
-            if len(ahead) == _AHEAD:
-                yield from _split(ahead.popleft().result())
+            size = sum(part.length for part in batch if isinstance(part, Range))
+            ahead.append((readers.submit(_read_batch, descriptor, batch, buffers), size))
+            waiting += size
+            while len(ahead) == _AHEAD or (ahead and waiting >= _AHEAD_BYTES):
+                done, size = ahead.popleft()
+                waiting -= size
+                yield from _split(done.result())
         while ahead:
-            yield from _split(ahead.popleft().result())
+            yield from _split(ahead.popleft()[0].result())
 
 
 def split_zeros(offset: int, data: bytes) -> Iterator[Piece]:
@@ -85,15 +116,14 @@ def split_zeros(offset: int, data: bytes) -> Iterator[Piece]:
 
 def write(descriptor: int, piece: Piece, size_bytes: int) -> None:
     """Store a piece in a volume of that size. Raises BlockError for one that does not lie within it."""
-    if piece.offset < 0 or piece.length <= 0 or piece.offset + piece.length > size_bytes:
-        raise BlockError(f"a piece of {piece.length} bytes at {piece.offset} is not within a volume of {size_bytes}")
-    if piece.data is None:
+    at, length, data = piece
+    if at < 0 or length <= 0 or at + length > size_bytes:
+        raise BlockError(f"a piece of {length} bytes at {at} is not within a volume of {size_bytes}")
+    if data is None:
         _punch(descriptor, piece)
         return
-    at, rest = piece.offset, memoryview(piece.data)
-    while rest:
-        count = os.pwrite(descriptor, rest, at)
-        at, rest = at + count, rest[count:]
+    while (count := os.pwrite(descriptor, data, at)) < len(data):
+        at, data = at + count, memoryview(data)[count:]
 
 
 # A piece that is known to be zeros, or the bytes read at an offset.

@@ -13,7 +13,7 @@ from blockdev.errors import BlockError
 
 KERNEL = Path("/sys/kernel/btf/vmlinux")
 
-STRUCT, UNION, TYPEDEF = 4, 5, 8
+STRUCT, UNION, TYPEDEF, FUNCTION = 4, 5, 8, 12
 _MAGIC, _VERSION = 0xEB9F, 1
 _HEADER = struct.Struct("=HBBIIIII")
 _TYPE = struct.Struct("=III")

@@ -11,7 +11,7 @@ blocks instead of more of them. Two different blocks have the same digest (XXH3,
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +32,8 @@ _AHEAD = 4
 class ComparingTracker:
     """See `blockdev.tracker.WriteTracker`. With the image file under the device, holes in it are not read."""
 
+    reads_all = True
+
     def __init__(self, device: Path, image: Path | None = None) -> None:
         self._device = Device(device)
         self._image_path = image
@@ -43,7 +45,7 @@ class ComparingTracker:
         """Costs nothing: what is read is told by `observe`, and the rest of the replica is zeros."""
         self._begin(ZEROS)
 
-    def collect(self) -> list[Range]:
+    def collect(self, check: Callable[[], None] = lambda: None) -> list[Range]:
         """Reads everything that is allocated. A change of the size is answered with the whole device, and so is each
         collect until something is observed."""
         size_bytes = self._device.size_bytes()
@@ -51,7 +53,7 @@ class ComparingTracker:
             self._begin(UNKNOWN)
         if self._digests is None or not self._observed:
             return [Range(0, size_bytes)]
-        return extents.merge(self._compare(self._digests))
+        return extents.merge(self._compare(self._digests, check))
 
     def observe(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Notes the digests of the pieces while they pass."""
@@ -75,7 +77,7 @@ class ComparingTracker:
                 self._digests.note(piece)
             yield piece
 
-    def _compare(self, known: Digests) -> Iterator[Range]:
+    def _compare(self, known: Digests, check: Callable[[], None]) -> Iterator[Range]:
         with ExitStack() as stack:
 
             def opened(path: Path, flags: int) -> int:
@@ -99,6 +101,7 @@ class ComparingTracker:
             ordered = sorted(numbers)
             threads = stack.enter_context(ThreadPoolExecutor(_READERS, "compare"))
             for at in range(0, len(ordered), _AHEAD):
+                check()
                 some = ordered[at : at + _AHEAD]
                 for number, now in zip(some, threads.map(look, some), strict=True):
                     yield from _differences(known, number, now)

@@ -11,3 +11,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all, and durable on return; its folder's own name is the caller's matter."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_bytes(content)
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)

@@ -21,13 +21,43 @@ class Range(NamedTuple):
 def merge(ranges: Iterable[Range]) -> list[Range]:
     """The same bytes as few ranges in order, none touching another."""
     merged: list[Range] = []
+    last = -1
+    # Unpacked, which is several times faster than by name.
     for part in sorted(ranges):
-        if merged and part.start <= merged[-1].end:
-            if part.end > merged[-1].end:
-                merged[-1] = Range(merged[-1].start, part.end)
-        elif part.length > 0:
+        start, end = part
+        if start <= last:
+            if end > last:
+                merged[-1] = Range(merged[-1][0], end)
+                last = end
+        elif end > start:
             merged.append(part)
+            last = end
     return merged
+
+
+def subtract(before: list[Range], now: list[Range]) -> list[Range]:
+    """What is in the first and not in the second: both in order, without overlaps."""
+    if before == now:
+        return []
+    left: list[Range] = []
+    at = 0
+    for start, end in before:
+        while at < len(now) and now[at].end <= start:
+            at += 1
+        look, begin = at, start
+        while look < len(now) and now[look].start < end:
+            if now[look].start > begin:
+                left.append(Range(begin, now[look].start))
+            begin = max(begin, now[look].end)
+            look += 1
+        if begin < end:
+            left.append(Range(begin, end))
+    return left
+
+
+def intersect(left: list[Range], right: list[Range]) -> list[Range]:
+    """What is in both: each in order, without overlaps."""
+    return subtract(left, subtract(left, right)) if left and right else []
 
 
 def total(ranges: Iterable[Range]) -> int:

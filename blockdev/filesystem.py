@@ -7,12 +7,15 @@ import subprocess
 import time
 from pathlib import Path
 
-from blockdev import kernel
+from blockdev import bounded, kernel
 from blockdev.errors import BlockError
 
 KINDS = ("ext4", "xfs", "btrfs")
 COMMAND_TIMEOUT_S = 300.0
 UNMOUNT_TIMEOUT_S = 10.0
+# FIFREEZE writes out all that is dirty.
+FREEZE_TIMEOUT_S = 60.0
+THAW_TIMEOUT_S = 10.0
 
 # _IOWR('X', 119, int) and _IOWR('X', 120, int) of linux/fs.h
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
@@ -53,6 +56,27 @@ def mount(device: Path, at: Path, kind: str, *, read_only: bool = False) -> None
         raise
 
 
+def mounted_source(at: Path) -> str:
+    """What is mounted last at this place, by /proc/self/mountinfo (proc_pid_mountinfo(5)); empty if nothing is."""
+    source = ""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split(" ")[4] == str(at):
+            source = after.split(" ")[1]
+    return source
+
+
+def is_mounted(at: Path) -> bool:
+    """Whether this is a mount point, also that of a file system that has shut down, of which stat(2) says nothing."""
+    try:
+        at.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return mounted_source(at) != ""
+    return os.path.ismount(at)
+
+
 def unmount(at: Path, timeout_s: float = UNMOUNT_TIMEOUT_S) -> None:
     """Unmount; waits while it is busy. Raises BlockError if it still is at the end."""
     deadline = time.monotonic() + timeout_s
@@ -68,14 +92,18 @@ def unmount(at: Path, timeout_s: float = UNMOUNT_TIMEOUT_S) -> None:
         time.sleep(0.005)
 
 
-def freeze(at: Path) -> bool:
-    """Write out everything and stop writes (FIFREEZE). False if it is frozen already."""
-    return _freezer(at, _FIFREEZE, "FIFREEZE", errno.EBUSY)
+def freeze(at: Path, timeout_s: float = FREEZE_TIMEOUT_S) -> bool:
+    """Write out everything and stop writes (FIFREEZE). False if it is frozen already.
+
+    It hangs while a task is in the middle of a write, and nothing can end that. Raises `bounded.Overdue` then; should
+    it still be frozen later it is thawed at once. Raises OSError.
+    """
+    return bounded.call(at, "FIFREEZE", lambda: _freeze(at), timeout_s, undo=lambda: _thaw(at))
 
 
-def thaw(at: Path) -> bool:
-    """Let writes go on (FITHAW). False if it was not frozen."""
-    return _freezer(at, _FITHAW, "FITHAW", errno.EINVAL)
+def thaw(at: Path, timeout_s: float = THAW_TIMEOUT_S) -> bool:
+    """Let writes go on (FITHAW). False if it was not frozen, or has shut down. Raises `bounded.Overdue`, OSError."""
+    return bounded.call(at, "FITHAW", lambda: _thaw(at), timeout_s, undo=lambda: None)
 
 
 def sync(at: Path) -> None:
@@ -95,6 +123,20 @@ def grow_image(image: Path) -> None:
 def grow(at: Path, kind: str) -> None:
     """Let a mounted XFS or btrfs take all of its device."""
     _run([*_GROW[kind], str(at)], f"growing {kind} at {at}")
+
+
+def _freeze(at: Path) -> bool:
+    return _freezer(at, _FIFREEZE, "FIFREEZE", errno.EBUSY)
+
+
+def _thaw(at: Path) -> bool:
+    try:
+        return _freezer(at, _FITHAW, "FITHAW", errno.EINVAL)
+    except OSError as error:
+        # An XFS that has met an I/O error cannot even be opened any more, only unmounted.
+        if error.errno == errno.EIO:
+            return False
+        raise
 
 
 def _freezer(at: Path, call: int, name: str, nothing_to_do: int) -> bool:

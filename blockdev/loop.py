@@ -159,13 +159,17 @@ def _kernel_device(device: int) -> int:
 
 
 class _opened:
-    """A descriptor for the time of a block."""
+    """A descriptor for the time of a block, good for every request that CAP_SYS_ADMIN may make.
+
+    Not for writing: udev looks into a device again whenever somebody closes it who could have written to it, and who
+    looks for one device asks all of the host.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def __enter__(self) -> int:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptor
 
     def __exit__(self, *_: object) -> None:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockdev import filesystem, loop, reflink
+from blockdev import durable, filesystem, loop, reflink
 from blockdev.errors import BlockError
 
 FILE = "pool.img"
@@ -20,7 +20,7 @@ def ensure(state_dir: Path, size_bytes: int) -> Path:
     if not image.exists() and reflink.supported(state_dir):
         return state_dir
     folder.mkdir(mode=0o700, exist_ok=True)
-    if os.path.ismount(folder):
+    if filesystem.is_mounted(folder):
         return folder
     if not image.exists():
         _make(image, size_bytes)
@@ -37,7 +37,7 @@ def ensure(state_dir: Path, size_bytes: int) -> Path:
 def close(state_dir: Path) -> None:
     """Unmount and detach the pool file, if there is one; repeatable."""
     image, folder = state_dir / FILE, state_dir / FOLDER
-    if os.path.ismount(folder):
+    if filesystem.is_mounted(folder):
         filesystem.unmount(folder)
     if image.exists():
         for device in loop.find(image):
@@ -52,7 +52,9 @@ def _make(image: Path, size_bytes: int) -> None:
     with unfinished.open("xb") as file:
         os.truncate(file.fileno(), size_bytes)
     filesystem.make(unfinished, "xfs")
+    durable.sync(unfinished)
     unfinished.rename(image)
+    durable.sync(image.parent)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from blockdev import filesystem, programs, reflink
+from blockdev import durable, filesystem, programs, reflink
 from blockdev.errors import BlockError
 from blockdev.volume import MOUNT, UNFINISHED, MountedVolume, Volume
 
@@ -52,12 +52,13 @@ def resize_at_rest(volume: Volume, size_bytes: int) -> None:
         else:
             _fit(clone, size_bytes)
             os.truncate(clone.path, size_bytes)
-        with clone.path.open("rb") as file:
-            os.fsync(file.fileno())
+        durable.sync(clone.path)
         clone.path.rename(volume.path)
     except BaseException:
         clone.path.unlink(missing_ok=True)
         raise
+    # Else a power cut brings the old file back, without what the container has written since.
+    durable.sync(volume.path.parent)
 
 
 def _fit(volume: Volume, size_bytes: int) -> None:

@@ -4,7 +4,8 @@ eBPF (`blockdev.bpf_tracker`) costs next to nothing. Where the kernel does not a
 and compared instead (`blockdev.comparing_tracker`), also while the container is frozen.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from blockdev import bpf_tracker
 from blockdev.blocks import Piece
 from blockdev.bpf_tracker import BpfTracker
 from blockdev.comparing_tracker import ComparingTracker
+from blockdev.errors import BlockError
 from blockdev.extents import Range
 
 
@@ -23,12 +25,17 @@ class WriteTracker(Protocol):
     restart, begins again. The replica is equal once a collect's ranges are copied and nobody has written meanwhile.
     """
 
+    reads_all: bool
+    """A collect reads everything that is allocated, and is not to be made for little."""
+
     def start(self) -> None:
         """From now on what is written is known; what was read before is worth nothing. Raises OSError, BlockError."""
 
-    def collect(self) -> list[Range]:
-        """Ranges written or discarded since the last collect, or the start: whole blocks within the device, merged, in
-        order. They are to be read after this returns. Raises OSError.
+    def collect(self, check: Callable[[], None] = lambda: None) -> list[Range]:
+        """Ranges written or discarded since the last collect, or the start: within the device, merged, in order, and no
+        wider than whole blocks (`blockdev.block_device.BLOCK_BYTES`); eBPF tells most of what is short apart by 4 KiB.
+        They are to be read after this returns. `check` is called now and then if that takes long; what it raises ends
+        it, and then nothing is lost. Raises OSError.
 
         It is the whole device if that is not known: at the first collect of a tracker that was not started, which
         starts it, if the tracker missed something, and if the size of the device has changed.
@@ -46,9 +53,23 @@ def probe() -> str | None:
     return bpf_tracker.probe()
 
 
-def make(device: Path, image: Path | None = None) -> WriteTracker:
-    """A tracker for the device, which is not started yet. `image` is the file under it if that is known.
+def start(device: Path, image: Path | None = None) -> tuple[WriteTracker, str | None]:
+    """A tracker for the device, started, and why it is not the one by eBPF where it is not: the host, or this device.
 
-    Raises BlockError if the device is not one that can be tracked, OSError.
+    `image` is the file under it if that is known. Raises BlockError if the device is not one that can be tracked, and
+    OSError.
     """
-    return BpfTracker(device) if probe() is None else ComparingTracker(device, image)
+    if (why := probe()) is None:
+        try:
+            return _started(BpfTracker(device)), None
+        except (OSError, BlockError) as error:
+            why = str(error)
+    return _started(ComparingTracker(device, image)), why
+
+
+def _started(tracker: WriteTracker) -> WriteTracker:
+    with ExitStack() as undo:
+        undo.callback(tracker.close)
+        tracker.start()
+        undo.pop_all()
+    return tracker

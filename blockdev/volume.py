@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Volume:
 
 
 class VolumeStore:
-    """The volumes of one folder. A file appears under its name only when it is complete."""
+    """The volumes of one folder. A file appears under its name only when it is complete and on the disk."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -130,46 +131,69 @@ class VolumeStore:
             return 0
 
     def delete(self, name: str) -> None:
-        """Delete the image, and detach it should it still be attached; repeatable."""
+        """Delete the image, durably, and detach it should it still be attached; repeatable."""
         path = self._path(name)
         if path.exists():
             for device in loop.find(path):
                 device.detach()
             path.unlink()
+            # Its record goes next, in another file system: without one nobody would ever delete it.
+            durable.sync(self.folder)
 
     def names(self) -> list[str]:
         """All volumes."""
         return sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
 
     def sweep(self) -> None:
-        """Delete what an interrupted creation has left, mounted or not."""
-        for at in self.folder.glob(f"*{UNFINISHED}{MOUNT}"):
-            while os.path.ismount(at):
-                filesystem.unmount(at)
-            at.rmdir()
-        for path in self.folder.glob(f"*{UNFINISHED}"):
-            for device in loop.find(path):
-                device.detach()
-            path.unlink()
+        """Delete what an interrupted creation has left, mounted or not.
+
+        What fails is raised when all have been tried.
+        """
+        with ExitStack() as each:  # from the last to the first
+            for path in self.folder.glob(f"*{UNFINISHED}"):
+                each.callback(_discard, path)
+            for at in self.folder.glob(f"*{UNFINISHED}{MOUNT}"):
+                each.callback(_discard_mount, at)
 
     def release(self) -> list[str]:
-        """Detach what is attached without being mounted, which a crash can leave. The names of these volumes."""
+        """Detach what is attached without being mounted, which a crash can leave. The names of these volumes.
+
+        What fails is raised when all have been tried.
+        """
         released = []
-        for image, device in loop.find_all(self._path(name) for name in self.names()):
-            if not device.is_mounted():
-                device.detach()
-                released.append(image.name.removesuffix(SUFFIX))
+        with ExitStack() as each:
+            for image, device in loop.find_all(self._path(name) for name in self.names()):
+                if not device.is_mounted():
+                    each.callback(device.detach)
+                    released.append(image.name.removesuffix(SUFFIX))
         return released
+
+    def let_go(self, name: str) -> None:
+        """Detach what a volume that is mounted nowhere is still attached to; repeatable.
+
+        Raises BlockError if it is mounted after all, in another mount namespace: who mounted it once more, on another
+        device, would destroy what is in it.
+        """
+        path = self._path(name)
+        for device in loop.find(path) if path.exists() else []:
+            if device.is_mounted():
+                raise BlockError(
+                    f"volume {name} is still mounted, by {device.path}, in the mount namespace of some process that has"
+                    f" entered it, with nsenter say: end that (`grep -l {device.path} /proc/[0-9]*/mounts` finds it)"
+                )
+            device.detach()
 
     def find_mounted(self, name: str, at: Path) -> MountedVolume | None:
         """The volume as it is mounted there; None if it is not, or not at all."""
         path = self._path(name)
-        if not path.exists() or not os.path.ismount(at):
+        if not path.exists() or not filesystem.is_mounted(at):
             return None
-        mounted_from = at.stat().st_dev
+        mounted_from = None
+        with suppress(OSError):  # it has shut down
+            mounted_from = at.stat().st_dev
         for device in loop.find(path):
             # btrfs has device numbers of its own; its one mount at this place is told by /proc/self/mountinfo.
-            if device.path.stat().st_rdev == mounted_from or _source_of(at) == str(device.path):
+            if device.path.stat().st_rdev == mounted_from or filesystem.mounted_source(at) == str(device.path):
                 return MountedVolume(device, at)
         return None
 
@@ -196,10 +220,12 @@ class VolumeStore:
         unfinished.unlink(missing_ok=True)
         try:
             fill(unfinished)
+            durable.sync(unfinished)
             unfinished.rename(path)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
+        durable.sync(self.folder)
         return Volume(path, kind)
 
     def _path(self, name: str) -> Path:
@@ -218,11 +244,13 @@ def _empty(path: Path, size_bytes: int, kind: str) -> None:
     filesystem.make(path, kind)
 
 
-def _source_of(at: Path) -> str:
-    """What is mounted last at this place, by /proc/self/mountinfo (proc_pid_mountinfo(5))."""
-    source = ""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if before.split(" ")[4] == str(at):
-            source = after.split(" ")[1]
-    return source
+def _discard(path: Path) -> None:
+    for device in loop.find(path):
+        device.detach()
+    path.unlink()
+
+
+def _discard_mount(at: Path) -> None:
+    while filesystem.is_mounted(at):
+        filesystem.unmount(at)
+    at.rmdir()

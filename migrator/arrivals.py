@@ -1,14 +1,20 @@
 """All containers on their way to this host, each an `Arrival` (`migrator.destination`), and those that are over."""
 
 import threading
+import time
 
 import structlog
 
-from migrator.destination import FAILURES, Arrival, AskSource, is_live
+from migrator import wire
+from migrator.destination import FAILURES, GIVE_UP_S, Arrival, AskSource, is_live
 from migrator.errors import Busy, NotFound
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
+from migrator.line import Line
 from migrator.ports import ArrivalHost
 from migrator.v1 import peer_pb2
+
+# What the configuration says if it says nothing.
+PLACES = 8
 
 log = structlog.get_logger()
 
@@ -16,13 +22,24 @@ log = structlog.get_logger()
 class Arrivals:
     """All containers on their way to this host; a source may touch only those that it sends."""
 
-    def __init__(self, host: ArrivalHost, journal: IncomingJournal) -> None:
+    def __init__(self, host: ArrivalHost, journal: IncomingJournal, places: int = PLACES) -> None:
+        """No more than `places` of them at once; the others wait in line at their sources."""
         self._host = host
         self._journal = journal
         self._arrivals: dict[str, Arrival] = {}
         # Migration to container, until there is an arrival.
         self._preparing: dict[str, str] = {}
+        self._line = Line(places)
         self._lock = threading.Lock()
+
+    def queue(self, source: str, request: peer_pb2.QueueRequest) -> int:
+        """A place in line, or 0: see `Line.ask`. Raises InvalidArgument, Busy."""
+        wire.check_migration(request.migration)
+        with self._lock:
+            if not request.leave:
+                return self._line.ask(source, request.migration, request.waited_ms / 1000, self._taken())
+            self._line.leave(source, request.migration)
+            return 0
 
     def prepare(self, source: str, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         """Reserve everything; nothing is left if that fails."""
@@ -33,6 +50,12 @@ class Arrivals:
             others = [arrival.record.container for arrival in self._arrivals.values() if not arrival.is_over]
             if request.container in (*others, *self._preparing.values()):
                 raise Busy(f"another migration brings {request.container} to this host: try again when that is done")
+            if not self._line.has_place(source, request.migration, self._taken()):
+                raise Busy(
+                    f"as many containers as may are on their way to this host: {request.container} has to wait",
+                    reason="HOST_FULL",
+                )
+            self._line.leave(source, request.migration)
             self._preparing[request.migration] = request.container
         try:
             record = self._journal.begin(request.migration, request.container, source, request.epoch)
@@ -119,6 +142,13 @@ class Arrivals:
         """How many are on their way."""
         with self._lock:
             return sum(not arrival.is_over for arrival in self._arrivals.values())
+
+    def _taken(self) -> int:
+        """Places in use. One that only waits for the word of a source that is gone is no load, and maybe for long."""
+        now = time.monotonic()
+        gone = [a for a in self._arrivals.values() if a.record.stage is Stage.READY and now - a.heard_at > GIVE_UP_S]
+        under_way = sum(not arrival.is_over for arrival in self._arrivals.values()) - len(gone)
+        return under_way + len(self._preparing.keys() - self._arrivals.keys())
 
     def _record(self, source: str, migration: str, epoch: int) -> Incoming:
         record = self._journal.get(migration)

@@ -25,8 +25,8 @@ ROLE_PREFIX = "migrator:role:"
 CA_NAME = "ca"
 CA_DAYS = 3650
 DAYS = 825
-# Hosts whose clocks differ a little must accept a certificate that was made just now.
-BACKDATE = datetime.timedelta(hours=1)
+# Hosts whose clocks are an hour apart, by a wrong time zone say, must accept a certificate that was made just now.
+BACKDATE = datetime.timedelta(days=1)
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +23,13 @@ from pycriu import rpc_pb2 as rpc
 
 from migrator.errors import ExecutionError
 from migrator.images import last_errors, rearm_timers
-from migrator.pageless import Pageless
-from migrator.shm import preload
-from migrator.shm.preload import LeaveOut
+from migrator.pageless import KNOWS_PAGES, Pageless
 
 MESSAGE_BYTES = 1 << 20
 GHOST_LIMIT_BYTES = 1 << 30
 LOG = "dump.log"
+# Warnings. CRIU writes each line by itself: told all, it spends a fourth of the time of a dump on that.
+LOG_LEVEL = 2
 
 log = structlog.get_logger()
 
@@ -65,18 +65,16 @@ class Criu:
         """It runs in this network namespace, which is the container's: as its own, CRIU leaves it alone.
 
         Of another it dumps the tracked connections, and for that the kernel walks through a table of the whole host.
-        With `pageless` it can dump against a parent that has every page, and without shared memory.
+        With `pageless` it can dump against a parent that has every page; `add_pages` is to be called then.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._leave_out = None if pageless is None or not preload.works() else LeaveOut()
         with theirs:
-            command, passed = [program, "swrk", str(theirs.fileno())], [theirs.fileno()]
-            if self._leave_out is not None:
-                passed.append(self._leave_out.descriptor)
-                environment = {**environment, **self._leave_out.environment}
+            command = [program, "swrk", str(theirs.fileno())]
+            if pageless is not None:
+                environment = {**environment, **KNOWS_PAGES}
             self._process = subprocess.Popen(
                 ["nsenter", f"--net={network}", *(command if pageless is None else pageless.command(command))],
-                pass_fds=passed,
+                pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -105,8 +103,6 @@ class Criu:
             self._process.wait(self.ROLLBACK_S)
         except subprocess.TimeoutExpired:
             self.kill()
-        if self._leave_out is not None:
-            self._leave_out.close()
 
     @property
     def pid(self) -> int:
@@ -121,24 +117,15 @@ class Criu:
         except subprocess.TimeoutExpired:
             log.error("CRIU does not die: it is in an uninterruptible wait, and is left alone", pid=self.pid)
 
-    def dump(
-        self,
-        request: DumpRequest,
-        timeout_s: float,
-        sent: Sequence[os.stat_result] = (),
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
+    def dump(self, request: DumpRequest, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
         """Dump the tree into `request.images` and return with its tasks stopped.
 
-        `sent` are objects of shared memory whose contents are left out, by their state now that the tasks are frozen.
         `check` is called now and then; what it raises ends the dump.
 
         Raises ExecutionError with the last errors of CRIU's log; the tasks are let go then.
         """
         deadline = time.monotonic() + timeout_s
         criu_log = request.work / LOG
-        if self._leave_out is not None:
-            self._leave_out.tell(sent)
         images = os.open(request.images, os.O_RDONLY | os.O_DIRECTORY)
         work = os.open(request.work, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -198,7 +185,7 @@ def _dump_message(request: DumpRequest, images: int, work: int) -> rpc.criu_req:
         # The veth is off the bridge by now: nothing reaches the sockets, so nothing has to be locked.
         network_lock=rpc.SKIP,
         notify_scripts=True,
-        log_level=4,
+        log_level=LOG_LEVEL,
         log_file=LOG,
         config_file=str(request.configuration),
     )

@@ -8,39 +8,32 @@ A message that does not fit the state is refused and changes nothing. Between `r
 neither runs nor deletes what it holds; it asks. `tend` is that asking, and the end of what nobody wants any more.
 """
 
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import structlog
 
-from blockdev import blocks
 from blockdev.errors import BlockError
 from migrator import faults, verify, wire
 from migrator.errors import ExecutionError, MigratorError, PeerError
-from migrator.files import write_file
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
-from migrator.memory_copy import ADDRESS_END
 from migrator.network import Neighbour
 from migrator.numbered import Inbound
 from migrator.ports import Reservation
-from migrator.shm import targets
-from migrator.stream import Digests, Receiver
+from migrator.store import Store
 from migrator.v1 import container_pb2, peer_pb2
 
 # A source that is silent for so long is asked what it has decided.
 SILENCE_S = 3.0
 # Nothing was promised before `ready`: a source that cannot be asked for so long is given up.
 GIVE_UP_S = 30.0
+# As often it was asked in vain: a host that has stood still itself, as virtual ones do, takes that for silence.
+GIVE_UP_ASKS = 3
 # A stream that the source has broken off, or that its silence has ended, is over by then.
 STREAM_END_S = 10.0
-# Of a container that may have been another's pid before each; each has a file open here.
-MAX_PROCESSES = 8192
-PID = re.compile(r"[1-9][0-9]{0,9}")
 
 FAILURES = (MigratorError, BlockError, OSError)
 
@@ -55,20 +48,19 @@ class Arrival:
     def __init__(self, record: Incoming, reservation: Reservation, journal: IncomingJournal, live: bool) -> None:
         self.record = record
         self.heard_at = time.monotonic()
+        self.unanswered = 0
         self._reservation = reservation
         self._journal = journal
         self._live = live
-        self._digests = Digests()
-        self._receiver = Receiver(self._digests)
-        self._inbound = Inbound(self._store)
+        self._store = Store(reservation, live=live)
+        self._inbound = Inbound(self._take_piece)
         self._lock = threading.RLock()
-        self._streams = 0
+        # The connection that each stream comes by, and how many volumes are read for digests.
+        self._sending: dict[int, object] = {}
+        self._reading = 0
         self._cuts: list[Callable[[], object]] = []
         self._stands_still = False
         self._streams_ended = threading.Condition(self._lock)
-        self._volumes: dict[str, tuple[int, int]] = {}
-        self._memory: dict[str, int] = {}
-        self._stack = ExitStack()
 
     # -- what the source asks for -----------------------------------------------------------------------------------
 
@@ -79,10 +71,7 @@ class Arrival:
                 # The source may have changed its mind while the reservation was made.
                 self._reread()
                 self._expect(Stage.PREPARED)
-                for index, path in enumerate(self._reservation.volumes):
-                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    self._stack.callback(os.close, descriptor)
-                    self._volumes[f"volume/{index}"] = descriptor, os.fstat(descriptor).st_size
+                self._store.open()
                 faults.point("destination.prepare")
                 if self._live:
                     self._reservation.warm_up()
@@ -94,18 +83,25 @@ class Arrival:
     def send(
         self, requests: Iterator[peer_pb2.SendRequest], first: peer_pb2.SendRequest
     ) -> Iterator[peer_pb2.SendResponse]:
-        """Store one stream; several may run side by side, each with targets of its own."""
+        """Store one stream; several may run side by side, each with targets of its own.
+
+        One that goes on with another connection is stored from that alone: who reads the old one, and has perhaps not
+        noticed its end, does nothing any more.
+        """
+        connection = object()
         with self._lock:
             self._expect(Stage.PREPARED)
-            self._streams += 1
+            self._sending[first.stream] = connection
         try:
             yield from self._inbound.receive(first, requests)
             faults.point("destination.send")
-            if not self._stands_still:
-                self._sync()
+            if not self._stands_still and self._sending.get(first.stream) is connection:
+                # So that little is left for the restore, beside which it is done once more.
+                self._store.sync()
         finally:
             with self._lock:
-                self._streams -= 1
+                if self._sending.get(first.stream) is connection:
+                    del self._sending[first.stream]
                 self._streams_ended.notify_all()
 
     @contextmanager
@@ -123,24 +119,29 @@ class Arrival:
         """See `migrator.verify`. Raises PeerError."""
         with self._lock:
             self._expect(Stage.PREPARED)
-            if target not in self._volumes or chunk_bytes <= 0 or chunk_bytes % verify.BLOCK_BYTES:
+            volume = self._store.volume(target)
+            if volume is None or chunk_bytes <= 0 or chunk_bytes % verify.BLOCK_BYTES:
                 raise PeerError(f"digests of {wire.shown(target)} in chunks of {chunk_bytes}", reason="OUT_OF_ORDER")
-            descriptor, size = self._volumes[target]
-            self._streams += 1
+            descriptor, size = volume
+            self._reading += 1
         try:
-            for answer in verify.answers(verify.digests(descriptor, descriptor, size, chunk_bytes)):
-                self._expect(Stage.PREPARED)
-                yield answer
+            yield from verify.answers(self._still_wanted(verify.digests(descriptor, descriptor, size, chunk_bytes)))
         finally:
             with self._lock:
-                self._streams -= 1
+                self._reading -= 1
                 self._streams_ended.notify_all()
+
+    def _still_wanted(self, found: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """A volume of any size may be read between two answers."""
+        for each in found:
+            self._expect(Stage.PREPARED)
+            yield each
 
     def keep_snapshots(self) -> None:
         """Every piece of the snapshots has been sent."""
         with self._lock:
             self._expect(Stage.PREPARED)
-            if self._streams:
+            if self._streams_are_open():
                 raise PeerError("snapshots are complete while streams are open", reason="OUT_OF_ORDER")
             self._reservation.keep_snapshots()
             faults.point("destination.snapshots")
@@ -161,23 +162,26 @@ class Arrival:
             if self.record.stage is Stage.READY:
                 return steps
             self._expect(Stage.PREPARED)
-            if self._streams:
+            if self._streams_are_open():
                 raise PeerError("restore while streams are open", reason="OUT_OF_ORDER")
-            ours = self._digests.all()
+            ours = self._store.digests.all()
             if ours != dict(digests):
                 wrong = sorted(t for t in {*ours, *digests} if ours.get(t) != digests.get(t))
                 names = ", ".join(wire.shown(target) for target in wrong[:5])
                 raise PeerError(f"what arrived is not what was sent: {names}", reason="DIGEST")
-            with ThreadPoolExecutor(1) as beside:
-                synced = beside.submit(self._sync)
+            with ThreadPoolExecutor(2) as beside:
+                synced = beside.submit(self._store.sync)
                 if self._live:
                     began = time.monotonic()
-                    self._reservation.mount()
+                    mounted = beside.submit(self._reservation.mount)
+                    self._reservation.amend_images()
+                    steps["images"] = (time.monotonic() - began) * 1000
+                    mounted.result()
                     faults.point("destination.mount")
-                    steps["mount"] = (time.monotonic() - began) * 1000
+                    steps["mount"] = (time.monotonic() - began) * 1000 - steps["images"]
                     steps.update(self._reservation.restore())
                 synced.result()
-            self._close_volumes()
+            self._store.close()
             faults.point("destination.restore")
             if self._live and not self._reservation.is_held():
                 raise ExecutionError(f"the restored copy of {self.record.container} has ended before it could run")
@@ -193,13 +197,10 @@ class Arrival:
             self.heard_at = arrived
             if decision == peer_pb2.DECISION_ABORTED:
                 self._refuse("the source has aborted")
-            elif decision == peer_pb2.DECISION_RELEASED:
-                self._take(arrived, answer := peer_pb2.DecideResponse())
-                if answer.ownership:
-                    return answer
-            else:
-                raise PeerError(f"decision {decision} is none", reason="OUT_OF_ORDER")
-        return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED)
+                return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED)
+            if decision == peer_pb2.DECISION_RELEASED:
+                return self._take(arrived)
+            raise PeerError(f"decision {decision} is none", reason="OUT_OF_ORDER")
 
     # -- what it does by itself -------------------------------------------------------------------------------------
 
@@ -235,9 +236,12 @@ class Arrival:
         except MigratorError as error:
             log.warning("the source does not answer", migration=self.record.migration, reason=str(error))
             with self._lock:
-                if self._silence_s() > GIVE_UP_S and self.record.stage is Stage.PREPARED:
+                self.unanswered += 1
+                is_gone = self._silence_s() > GIVE_UP_S and self.unanswered >= GIVE_UP_ASKS
+                if is_gone and self.record.stage is Stage.PREPARED:
                     self._refuse("the source is gone")
             return
+        self.unanswered = 0
         if decision == peer_pb2.DECISION_UNSPECIFIED:
             self.heard_at = time.monotonic()
             self._journal.heard(self.record.migration, "it has not decided yet")
@@ -272,26 +276,28 @@ class Arrival:
 
     # -- details ----------------------------------------------------------------------------------------------------
 
-    def _sync(self) -> None:
-        """While the container runs at the end of each stream, so that little is left; then beside the restore."""
-        faults.point("destination.sync")
-        for descriptor, _ in self._volumes.values():
-            os.fdatasync(descriptor)
-
-    def _take(self, arrived: float, answer: peer_pb2.DecideResponse) -> None:
-        """Become the owner if that is possible, and fill in the answer; an empty answer means refused."""
+    def _take(self, arrived: float) -> peer_pb2.DecideResponse:
+        """Become the owner if that is possible."""
         if self.record.stage is Stage.OWNER:
-            answer.ownership = peer_pb2.OWNERSHIP_OWNER
-            return
-        if self.record.stage is not Stage.READY or (self._live and not self._reservation.is_held()):
-            self._refuse("there is no restored copy")
-            return
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER)
         faults.point("destination.released")
+        if self.record.stage is not Stage.READY:
+            self._refuse(why := "it holds no restored copy")
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED, refusal=why)
+        try:
+            steps = dict(self._reservation.complete()) if self._live else {}
+        except FAILURES as error:
+            # Nothing was committed: the source's copy is still as it was, and does not wait until `tend` has discarded
+            # this one.
+            self._note_refusal(str(error))
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED, refusal=str(error))
+        faults.point("destination.complete")
         self.record = self._journal.own(self.record.migration)
         faults.point("destination.owner")
-        answer.ownership = peer_pb2.OWNERSHIP_OWNER
+        answer = peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER)
         try:
-            for name, milliseconds in self._reservation.run().items():
+            steps.update(self._reservation.run())
+            for name, milliseconds in steps.items():
                 answer.steps.add(name=name, duration_ms=milliseconds)
             faults.point("destination.run")
             answer.resume_ms = (time.monotonic() - arrived) * 1000
@@ -300,18 +306,22 @@ class Arrival:
             # Committed: the source must not run its copy again, whatever went wrong here.
             log.error("after the handover", migration=self.record.migration, reason=str(error))
         answer.total_ms = (time.monotonic() - arrived) * 1000
+        return answer
 
     def _settle(self) -> None:
         faults.point("destination.settle")
         if self._reservation.settle():
             self._finish()
 
-    def _refuse(self, why: str) -> None:
-        if self.record.stage is Stage.REFUSED and self.is_over:
-            return  # said once more, late: by now the name may be that of another arrival
+    def _note_refusal(self, why: str) -> None:
         if self.record.stage is not Stage.REFUSED:
             self.record = self._journal.refuse(self.record.migration)
             log.info("arrival refused", migration=self.record.migration, container=self.record.container, reason=why)
+
+    def _refuse(self, why: str) -> None:
+        if self.record.stage is Stage.REFUSED and self.is_over:
+            return  # said once more, late: by now the name may be that of another arrival
+        self._note_refusal(why)
         try:
             self._discard()
         except FAILURES as error:
@@ -322,9 +332,9 @@ class Arrival:
         for cut in self._cuts:
             cut()
         # A descriptor that is closed under a stream may be another file's by its next write.
-        if not self._streams_ended.wait_for(lambda: not self._streams, timeout=STREAM_END_S):
+        if not self._streams_ended.wait_for(lambda: not self._streams_are_open(), timeout=STREAM_END_S):
             raise ExecutionError(f"the source of migration {self.record.migration} still sends; it is dropped later")
-        self._close_volumes()
+        self._store.close()
         self._reservation.discard()
         self._finish()
 
@@ -336,57 +346,21 @@ class Arrival:
         """A step may be durable although it failed: the disk's word counts."""
         self.record = self._journal.get(self.record.migration) or self.record
 
-    def _close_volumes(self) -> None:
-        self._volumes.clear()
-        self._memory.clear()
-        self._stack.close()
+    def _streams_are_open(self) -> bool:
+        return bool(self._sending or self._reading)
 
     def _expect(self, stage: Stage) -> None:
         self.heard_at = time.monotonic()
+        self.unanswered = 0
         if self.record.stage is not stage:
             raise HandoverError(f"migration {self.record.migration} is {self.record.stage} here, not {stage}")
 
-    def _store(self, request: peer_pb2.SendRequest) -> None:
+    def _take_piece(self, request: peer_pb2.SendRequest) -> None:
         if request.migration != self.record.migration or request.epoch != self.record.epoch:
             raise PeerError("a piece of another migration in this stream", reason="OUT_OF_ORDER")
         self._expect(Stage.PREPARED)
         faults.point("destination.piece")
-        if len(request.target) > wire.LONGEST_TARGET:
-            raise PeerError(f"a target whose name has {len(request.target)} characters", reason="OUT_OF_ORDER")
-        kind, _, name = request.target.partition("/")
-        if kind == "volume" and request.target in self._volumes:
-            descriptor, size = self._volumes[request.target]
-            wire.check_room(descriptor, len(request.data))
-            blocks.write(descriptor, self._receiver.piece(request), size)
-        elif kind == "snapshot":
-            self._reservation.write_snapshot(name, self._receiver.piece(request))
-        elif kind == "memory" and self._live and PID.fullmatch(name):
-            for piece in self._receiver.pieces(request):
-                blocks.write(self._memory_file(name), piece, ADDRESS_END)
-        elif kind == targets.KIND and self._live:
-            for piece in self._receiver.pieces(request):
-                self._reservation.shared.write(name, piece)
-        elif request.target == "images" and self._live:
-            for name, content in self._receiver.files(request):
-                write_file(self._reservation.images, name, blocks.Piece(0, len(content), content))
-        elif kind == "image" and self._live:
-            write_file(self._reservation.images, name, self._receiver.piece(request))
-        elif request.target == "log":
-            log_file = self._reservation.log
-            write_file(log_file.parent, log_file.name, self._receiver.piece(request))
-        else:
-            raise PeerError(f"{wire.shown(request.target)} is nothing that is expected here", reason="OUT_OF_ORDER")
-
-    def _memory_file(self, pid: str) -> int:
-        with self._lock:
-            if pid not in self._memory:
-                if len(self._memory) >= MAX_PROCESSES:
-                    raise PeerError(f"memory of more than {MAX_PROCESSES} processes")
-                path = self._reservation.memory / f"mem-{int(pid)}"
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                self._stack.callback(os.close, descriptor)
-                self._memory[pid] = descriptor
-            return self._memory[pid]
+        self._store.write(request)
 
 
 def is_live(state: "container_pb2.ContainerState") -> bool:

@@ -4,7 +4,7 @@ MIGRATOR_FAULTS names a file that is read whenever the code comes by a `point`; 
 happen there, and perhaps how often, every time unless that is said:
 
     source.final kill           this process dies at once, as by kill -9
-    source.dump kill:criu       the newest of this host's processes of that program does (criu, fill, guard, runc)
+    source.dump kill:criu       a process of that program of this host does (`PROGRAMS`)
     destination.restore fail    an ExecutionError
     journal.release io 1        an OSError as of a disk that fails (EIO), once
     destination.piece full      the same as of a disk that is full (ENOSPC)
@@ -26,13 +26,21 @@ from migrator.errors import ExecutionError
 HANG_POLL_S = 0.002
 HANG_TIMEOUT_S = 60.0
 DELAY_S = 0.25
-# What a program is known by: all of these are in words of its command.
+# What a program is known by: the end of its command's first word, and what is in some of its words. The stand-in and
+# the restorer are between runc and CRIU (`agent.restorer`).
 PROGRAMS = {
-    "criu": (("/criu", "swrk"), ("criu: ",)),
-    "fill": (("migrator.fill",),),
-    "guard": (("agent.guard",),),
-    "runc": (("runc",),),
+    "conmon": ("conmon", ()),
+    "criu": ("", ("/criu", "swrk")),
+    "fill": ("", ("migrator.fill",)),
+    "guard": ("", ("agent.guard",)),
+    "restorer": ("", ("agent.restorer",)),
+    "runc": ("runc", ()),
+    "stand-in": ("sh", ("/programs/criu",)),
 }
+# CRIU, once it knows what it is to do, calls itself so.
+WORKING_CRIU = "criu: "
+# The newest of a program's processes, but of these the oldest: what they start looks like them, or is the container.
+OLDEST = ("criu", "restorer")
 ERRORS = {"io": errno.EIO, "full": errno.ENOSPC}
 
 _file = os.environ.get("MIGRATOR_FAULTS", "")
@@ -86,7 +94,7 @@ def _asked(file: Path, name: str, *, counts: bool = True) -> str:
 
 
 def _kill(program: str) -> None:
-    """The newest process of a program; none is no failure."""
+    """One process of a program; none is no failure."""
     ages: list[tuple[int, int]] = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
@@ -96,9 +104,15 @@ def _kill(program: str) -> None:
             began = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if any(all(any(part in word for word in words) for part in wanted) for wanted in PROGRAMS[program]):
+        if _is(program, words) and not (program == "criu" and _is("stand-in", words)):
             ages.append((began, int(folder.name)))
     if ages:
-        # CRIU's children are what it restores.
-        _, victim = min(ages) if program == "criu" else max(ages)
+        _, victim = min(ages) if program in OLDEST else max(ages)
         os.kill(victim, signal.SIGKILL)
+
+
+def _is(program: str, words: list[str]) -> bool:
+    first, parts = PROGRAMS[program]
+    if program == "criu" and any(WORKING_CRIU in word for word in words):
+        return True
+    return words[0].endswith(first) and all(any(part in word for word in words) for part in parts)

@@ -4,16 +4,18 @@ Each process is a target of its own, named by its pid inside the container; offs
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import structlog
 
-from blockdev import extents
-from blockdev.blocks import Piece
+from blockdev import blocks, extents
+from blockdev.blocks import Batch
 from blockdev.extents import Range
+from migrator import pageless
 from migrator.errors import ExecutionError
-from migrator.memory import Collected, Gone, MemoryTracker, Moment, ProcessGone, ProcessKey, mappings
+from migrator.memory import Collected, MemoryTracker, Moment, ProcessGone, ProcessKey
 from migrator.shm.copy import SharedCopy
 from migrator.stream import Sender
 from migrator.v1 import peer_pb2
@@ -39,8 +41,15 @@ class MemoryCopy:
         self._shared = SharedCopy(tracker)
         self._written: dict[ProcessKey, list[Range]] = {}
         self._gone: dict[ProcessKey, list[Range]] = {}
+        # Those that the last collect has found.
+        self._last: list[ProcessKey] = []
         # Which process each target holds: a pid may be used again.
         self._owners: dict[str, ProcessKey] = {}
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a look does not stop the container."""
+        return not self._tracker.needs_pause
 
     def collect(self, moment: Moment = Moment.RUNNING) -> int:
         """Look at what was written since the last time. Returns the bytes that `requests` would send now.
@@ -62,32 +71,37 @@ class MemoryCopy:
             self._written.pop(key, None)
             self._gone.pop(key, None)
         if moment is Moment.LAST:
+            self._last = [change.process for change in found.processes]
             self._add_vdso()
-        return sum(map(extents.total, self._written.values())) + self._shared.add(found, moment)
+        written = sum(map(extents.total, self._written.values())) + self._shared.add(found, moment)
+        return written + extents.total(found.unseen)
 
     def left_out(self) -> list[os.stat_result]:
         """With the container frozen: the shared memory that CRIU need not dump."""
         return self._shared.left_out()
 
+    def complete(self, images: Path) -> None:
+        """After the last collect: amend CRIU's dump with the memory that it was kept from looking through."""
+        for key in self._last:
+            with suppress(ProcessGone):
+                inside, areas = self._pid_inside(key.pid), self._tracker.areas(key)
+                pageless.add_pages(images, inside, self._tracker.populated(key), areas)
+
     def compare(self) -> None:
-        """With the container frozen: look at all shared memory, so that the last collect need not."""
-        self._drain()
-        self._tracker.compare()
+        """After the collect with the container stopped: look at all shared memory."""
+        self._shared.take(self._tracker.compare())
 
     def _look(self, moment: Moment) -> Collected:
-        if moment is not Moment.RUNNING:
-            self._drain()
-        return self._tracker.collect(moment)
-
-    def _drain(self) -> None:
-        if problems := self._tracker.drain():
+        # Once it is stopped, nothing is begun any more.
+        if moment in (Moment.PAUSED, Moment.STOPPED) and (problems := self._tracker.drain()):
             raise ExecutionError(f"what is read into memory could be missed: {'; '.join(problems)}", reason="DIRECT_IO")
+        return self._tracker.collect(moment)
 
     def _add_vdso(self) -> None:
         """The kernel's own code in each process, which is no memory of the process: but CRIU looks at the old one."""
-        for key, ranges in self._written.items():
-            with suppress(ProcessGone):
-                ranges.extend(Range(area.start, area.end) for area in mappings.read(key.pid) if area.name == "[vdso]")
+        for key in self._last:
+            areas = self._tracker.areas(key)
+            self._written[key].extend(Range(area.start, area.end) for area in areas if area.name == "[vdso]")
 
     def requests(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         """All that was collected and not yet sent."""
@@ -96,17 +110,15 @@ class MemoryCopy:
         for key, ranges in written.items():
             try:
                 target = f"memory/{self._pid_inside(key.pid)}"
-                yield from sender.batched(target, self._pieces(target, key, ranges, gone[key]))
+                yield from sender.batches(target, self._batches(target, key, ranges, gone[key]))
             except ProcessGone:
                 continue  # the next collect says so, too
         yield from self._shared.requests(sender)
 
-    def _pieces(self, target: str, key: ProcessKey, written: Iterable[Range], gone: Iterable[Range]) -> Iterator[Piece]:
+    def _batches(self, target: str, key: ProcessKey, written: list[Range], gone: list[Range]) -> Iterator[Batch]:
         if self._owners.setdefault(target, key) != key:
             self._owners[target] = key
-            yield Piece(0, ADDRESS_END, None)
-        for part in gone:
-            yield Piece(part.start, part.length, None)
+            yield from blocks.zeros([Range(0, ADDRESS_END)])
+        yield from blocks.zeros(gone)
         # After what is gone: it may be back by now, and is then among this.
-        for piece in self._tracker.read(key, written):
-            yield Piece(piece.start, piece.end - piece.start, None) if isinstance(piece, Gone) else piece
+        yield from self._tracker.read(key, written)

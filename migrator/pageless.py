@@ -26,18 +26,22 @@ from pathlib import Path
 from pycriu.images import inventory_pb2, pagemap_pb2
 from pycriu.images.magic import by_name
 
+from blockdev.extents import Range, intersect, merge, subtract
 from migrator.errors import ExecutionError
-from migrator.images import joined, last_errors
-from migrator.memory import ProcessGone, soft_dirty
+from migrator.images import HEADER_BYTES, entries, joined, last_errors
+from migrator.memory import ProcessGone, mappings, soft_dirty
 
 CACHE = Path("/run/criu.kdat")
 # What CRIU may change in a process that it dumps, and the kernel tells of: system calls are put into its code.
 OWN_BYTES = 32 << 10
 # has_dirty_track of struct kerndat_s; others are tried if it is elsewhere.
 LIKELY_OFFSET = 32
-PROBE_TIMEOUT_S = 20.0
+PROBE_TIMEOUT_S = 60.0
 
-_PRESENT = 4
+# Set in CRIU's environment by who calls `add_pages` afterwards: see scripts/criu-shim.c.
+KNOWS_PAGES = {"MIGRATOR_KNOWS_PAGES": "1"}
+LARGE_BYTES = 4 << 20
+_PARENT, _PRESENT = 1, 4
 _PAGE = 4096
 _FIRST, _END = 0x10000, 0x7FFFFFFFF000
 # Later than any process: CRIU takes one that began after the parent dump for another with the same pid.
@@ -97,6 +101,29 @@ def write_parent(folder: Path, pids: Iterable[int]) -> None:
         path = folder / f"pagemap-{pid}.img"
         if not path.exists():
             os.link(template, path)
+
+
+def add_pages(images: Path, pid: int, populated: list[Range], areas: Iterable[mappings.Mapping]) -> None:
+    """Amend the dump of one process with what CRIU was kept from looking through (`KNOWS_PAGES`): the parent has it.
+
+    `populated` is what there is, in order, and `areas` are the mappings; `pid` is the process' as CRIU has it. Where
+    CRIU has looked all the same, nothing is added.
+    """
+    large = [
+        Range(area.start, area.end) for area in areas if area.is_anonymous and area.end - area.start >= LARGE_BYTES
+    ]
+    if not large:
+        return
+    path = images / f"pagemap-{pid}.img"
+    content = path.read_bytes()
+    head, *rest = entries(content)
+    rows = [pagemap_pb2.pagemap_entry.FromString(message) for message in rest]
+    known = [Range(row.vaddr, row.vaddr + (row.nr_pages or row.compat_nr_pages) * _PAGE) for row in rows]
+    for start, end in subtract(intersect(populated, large), merge(known)):
+        count = (end - start) // _PAGE
+        rows.append(pagemap_pb2.pagemap_entry(vaddr=start, nr_pages=count, compat_nr_pages=count, flags=_PARENT))
+    rows.sort(key=lambda row: int(row.vaddr))
+    path.write_bytes(content[:HEADER_BYTES] + joined([head, *(row.SerializeToString() for row in rows)]))
 
 
 def probe(criu: str, environment: Mapping[str, str], folder: Path) -> Pageless:

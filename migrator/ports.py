@@ -166,14 +166,24 @@ class Reservation(Protocol):
     def mount(self) -> None:
         """Attach and mount the volumes."""
 
+    def amend_images(self) -> None:
+        """Make CRIU's images ready for `restore`; while `mount` is at work."""
+
     def restore(self) -> Mapping[str, float]:
         """Restore the tasks and hold them before their first instruction. Returns milliseconds by step."""
 
     def is_held(self) -> bool:
         """Whether a restored copy waits for its verdict, also one from before a restart of the agent."""
 
+    def complete(self) -> Mapping[str, float]:
+        """Make the restored copy one that needs nothing more to run: frozen, and not reached by any traffic.
+
+        Repeatable, as long as nothing is lost: that raises. Returns milliseconds by step.
+        """
+
     def run(self) -> Mapping[str, float]:
         """Let the tasks run, connect them and replay what was held; or, stopped before, take the container as it is.
+        Where an operator has put their word in the place of the source's, it is completed first.
 
         Repeatable. Returns milliseconds by step.
         """
@@ -212,6 +222,9 @@ class Peer(Protocol):
         """Call this every few milliseconds while anything but `decide` waits; what it raises breaks off the call."""
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
+
+    def queue(self, migration: str, waited_s: float, *, leave: bool = False) -> int:
+        """Get or stay in line there, or leave it: see `migrator.line`. The position in line; 0 if it may come."""
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse: ...
 

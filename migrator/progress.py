@@ -13,7 +13,7 @@ from migrator.v1 import migration_pb2, peer_pb2
 
 
 class Progress:
-    """A migration resource that changes; `changed` watchers are woken at each change."""
+    """A migration resource that changes; watchers are woken at each change but that of bytes sent."""
 
     def __init__(self, migration: migration_pb2.Migration, timeout_ms: int = 0) -> None:
         self._migration = migration
@@ -66,15 +66,17 @@ class Progress:
             phase.steps.extend(migration_pb2.Step(name=s.name, duration_ms=s.duration_ms) for s in steps)
 
     def sent(self, *, memory: int, disk: int, wire: int, part: float) -> None:
-        """Bytes so far, and the part of what is known to be left before the freeze."""
-        with self._change() as migration:
-            migration.bytes.memory, migration.bytes.disk, migration.bytes.wire = memory, disk, wire
-            migration.progress = min(1.0, part)
+        """Bytes so far, and the part of what is known to be left before the freeze. It wakes nobody: it comes often."""
+        with self._condition:
+            counted = self._migration.bytes
+            counted.memory, counted.disk, counted.wire = memory, disk, wire
+            self._migration.progress = min(1.0, part)
 
-    def queued(self, position: int) -> None:
-        """It waits for its turn; 0: no more."""
+    def queued(self, position: int, host: str) -> None:
+        """It waits for one of this host's places; 0: no more."""
         with self._change() as migration:
             migration.queue_position = position
+            migration.queue_host = host if position else ""
 
     def note(self, text: str) -> None:
         """Something for those who want to know more."""
@@ -110,7 +112,7 @@ class Progress:
         """How it ended and where the container is. An uncertain one may end again."""
         with self._change() as migration:
             migration.outcome = outcome
-            migration.queue_position = 0
+            migration.queue_position, migration.queue_host = 0, ""
             migration.where_running = where
             migration.total_ms = self._elapsed_ms()
             migration.error = str(error) if error else ""

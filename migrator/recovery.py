@@ -17,7 +17,7 @@ from migrator.progress import Progress
 from migrator.v1 import migration_pb2, peer_pb2
 
 # After a reboot the network may not be there yet; then the copy on the disk here is started.
-LOST_PATIENCE_S = 10.0
+LOST_PATIENCE_S = 60.0
 RETRY_S = 0.5
 
 log = structlog.get_logger()
@@ -45,8 +45,9 @@ def carry_on(
     record = journal.get(migration)
     if record is None or record.finished:
         return
+    is_lost = container is not None and is_live(container.state) and container.has_ended()
     if record.decision is Decision.UNDECIDED:
-        record = _decide(record, container, peer, journal)
+        record = _decide(record, peer, journal, is_lost=is_lost)
     if record.decision is Decision.RELEASED and record.answer is None:
         record = journal.hear(migration, _answer(record, here, peer, journal, progress))
     if record.may_destroy:
@@ -61,7 +62,8 @@ def carry_on(
             tell_aborted(peer, record, progress)
         if progress.snapshot().outcome in (migration_pb2.OUTCOME_UNSPECIFIED, migration_pb2.OUTCOME_UNCERTAIN):
             released = record.decision is Decision.RELEASED
-            why = refused(record, here, by_operator=record.by_operator) if released else lost(here)
+            aborted = found_ended(here) if is_lost else restarted(here)
+            why = refused(record, here, by_operator=record.by_operator) if released else aborted
             progress.end(migration_pb2.OUTCOME_ROLLED_BACK, here, why)
     journal.finish(migration)
 
@@ -77,9 +79,8 @@ def decision(journal: OutgoingJournal, record: Outgoing, *, is_worked_on: bool) 
     }[record.word]
 
 
-def _decide(record: Outgoing, container: LeavingContainer | None, peer: Peer, journal: OutgoingJournal) -> Outgoing:
+def _decide(record: Outgoing, peer: Peer, journal: OutgoingJournal, *, is_lost: bool) -> Outgoing:
     """A container whose memory is lost here, by a reboot say, is released to a destination that holds it complete."""
-    is_lost = container is not None and is_live(container.state) and container.has_ended()
     return (journal.release if is_lost and _is_held_there(record, peer) else journal.abort)(record.migration)
 
 
@@ -123,16 +124,26 @@ def tell_aborted(peer: Peer, record: Outgoing, progress: Progress) -> None:
         progress.note(words)
 
 
-def refused(record: Outgoing, here: str, *, by_operator: bool) -> DestinationRefused:
-    """Why a migration ended that was released and did not happen."""
+def refused(record: Outgoing, here: str, why: str = "", *, by_operator: bool) -> DestinationRefused:
+    """Why a migration ended that was released and did not happen. `why` is the destination's reason, if it is known."""
     if by_operator:
         return DestinationRefused(
             f"an operator has resolved that {record.container} goes on at {here}", reason="RESOLVED"
         )
-    return DestinationRefused(f"{record.destination} could not take {record.container}; it goes on at {here}")
+    because = f": {why}" if why else ""
+    return DestinationRefused(f"{record.container} goes on at {here}: {record.destination} could not take it{because}")
 
 
-def lost(here: str) -> RolledBack:
+def found_ended(here: str) -> RolledBack:
+    """Why a migration ended whose container was lost with its host, say."""
+    return RolledBack(
+        f"the agent of {here} was started again and found the container ended: what it had in memory is lost. Its disk "
+        f"is at {here}, where its restart policy or `migrator start` starts it again",
+        reason="CONTAINER_LOST",
+    )
+
+
+def restarted(here: str) -> RolledBack:
     """Why a migration ended that an earlier life of the agent had begun."""
     return RolledBack(
         f"the agent of {here} was restarted; the container goes on there as before", reason="AGENT_RESTARTED"

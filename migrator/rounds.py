@@ -24,6 +24,10 @@ from migrator.v1 import peer_pb2
 # How often a container is let go on that was stopped, and what it takes, in times of what should have been left.
 RETREATS = 3
 RETREAT = 4
+# Rounds just before it is stopped, at the most, and how little ends them; then syncs, of which one that is short is the
+# last.
+LAST_ROUNDS, LAST_ROUNDS_S, LITTLE_BYTES = 6, 2.0, 1 << 20
+SYNCS, SHORT_SYNC_S = 3, 0.01
 # Of CRIU's images: those that travel many at a time.
 SMALL_BYTES = 64 << 10
 
@@ -77,21 +81,39 @@ class Rounds:
             )
         self._limit_bytes = convergence.limit_bytes(done, options.max_downtime_s)
 
+    def hurry(self) -> None:
+        """When all is ready to stop: send what was written meanwhile, until little is left or it stays as much."""
+        deadline, before = time.monotonic() + LAST_ROUNDS_S, None
+        for _ in range(LAST_ROUNDS):
+            left = self._look_quickly()
+            if left <= LITTLE_BYTES or (before is not None and left > convergence.SHRINK * before):
+                break
+            self._peer.send(chain(self.disk.requests(sender := self._sender()), self._changed(sender)))
+            if time.monotonic() > deadline:
+                break
+            before = left
+        for _ in range(SYNCS):
+            began = time.monotonic()
+            self.disk.sync()
+            if time.monotonic() - began < SHORT_SYNC_S:
+                break
+
     def stop(self, undo: ExitStack, stop_tasks: Callable[[], None]) -> None:
-        """Stop the tasks. If much more was written in the last moment than the rounds have shown, let them go on."""
+        """After `hurry`: stop the tasks. If much more was written meanwhile than rounds have shown, let them go on."""
         retreats = 0
         while True:
             stop_tasks()
             if self._memory is None:
                 return
             with self._progress.step("collect"):
-                left = self._memory.collect(Moment.PAUSED)
+                left = self._memory.collect(Moment.STOPPED)
             if self._limit_bytes is None or left <= RETREAT * self._limit_bytes or retreats == RETREATS:
                 return
             retreats += 1
             self._container.go_on()
             self._progress.note(f"{format_size(left)} were left after it had stopped: it goes on")
             self.converge(undo)
+            self.hurry()
 
     def left_out(self) -> list[os.stat_result]:
         """With the container stopped: the shared memory that CRIU need not dump."""
@@ -103,11 +125,18 @@ class Rounds:
         yield from self._changed(sender)
         if self._memory:
             self._memory.compare()
+            yield from self._changed(sender)
+        if self.disk.is_quick:
+            # While the dump goes on: what is left of the disk after it is next to nothing.
+            self.disk.sync()
+            self.disk.collect()
+            yield from self.disk.requests(sender)
         dumped.result()
         if self._memory:
             # CRIU has written to them: system calls into their code, which it took back.
             with self._progress.step("last collect"):
                 self._memory.collect(Moment.LAST)
+                self._memory.complete(self._container.images)
         yield from self._changed(sender)
         images = [image for image in self._container.images.iterdir() if not image.is_symlink()]  # to the parent
         small = [image for image in images if image.stat().st_size <= SMALL_BYTES]
@@ -120,6 +149,17 @@ class Rounds:
         self.disk.sync()
         memory = self._memory.collect() if self._memory else 0
         return self.disk.collect() + self._container.unwritten_bytes + memory
+
+    def _look_quickly(self) -> int:
+        """As `_look`, but not at a disk that has to be read whole, nor at memory where a look stops it, or that
+        will be much whatever is done."""
+        left = 0
+        if self.disk.is_quick:
+            self.disk.sync()
+            left = self.disk.collect()
+        if self._memory and self._memory.is_quick and self._limit_bytes is not None:
+            left += self._memory.collect()
+        return left
 
     def _changed(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         if self._memory:

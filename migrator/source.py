@@ -17,8 +17,8 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import answers, disk, faults, recovery, snapshots, verify
-from migrator.destination import is_live
+from migrator import answers, disk, faults, line, recovery, snapshots, verify
+from migrator.destination import FAILURES, is_live
 from migrator.disk import DiskCopy
 from migrator.errors import (
     Cancelled,
@@ -40,9 +40,8 @@ from migrator.snapshots import SnapshotCopy
 from migrator.stream import Digests, Meter, Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
-FEATURES = ("send-v1", snapshots.FEATURE)
+FEATURES = ("send-v1", snapshots.FEATURE, line.FEATURE, disk.FEATURE)
 SETTLE_POLL_S = 0.05
-FAILURES = (MigratorError, BlockError, OSError)
 
 log = structlog.get_logger()
 
@@ -90,6 +89,7 @@ class Departure:
         self._digests = Digests()
         self._meter = Meter(options.bandwidth_bytes_per_s)
         self._snapshots = SnapshotCopy(container.snapshots)
+        self._features: Sequence[str] = ()
         self._planned_bytes = 0
         self._log_bytes = 0
         self._epoch = 0
@@ -99,20 +99,26 @@ class Departure:
         self._failure: MigratorError | BlockError | OSError | None = None
         peer.watch(progress.check)
 
-    def run(self) -> None:
-        """All phases. Failures are the progress's outcome; what is raised from here is a bug."""
+    def run(self) -> bool:
+        """All phases. Failures are the progress's outcome; what is raised from here is a bug.
+
+        False if there is no place at the destination yet: then nothing has been done but to get in line there.
+        """
         phase, end = self._progress.phase, self._progress.end
         try:
             with phase("preflight"):
-                known_epoch = self._preflight()
+                answer = self._preflight()
+                has_place = self._options.check_only or self._has_place(answer)
         except FAILURES as error:
             end(migration_pb2.OUTCOME_REFUSED, self._here.host, as_migrator_error(error))
-            return
+            return True
         if self._options.check_only:
             end(migration_pb2.OUTCOME_CHECKED, self._here.host)
-            return
+            return True
+        if not has_place:
+            return False
         try:
-            self._move(known_epoch)
+            self._move(answer.last_epoch)
         except FAILURES as error:
             # What failed first counts, not what the way back has met.
             self._end(as_migrator_error(self._failure or error))
@@ -123,6 +129,7 @@ class Departure:
             with phase("finish"):
                 self._finish()
             self._end(None)
+        return True
 
     def _move(self, known_epoch: int) -> None:
         self._epoch = self._journal.begin(self._name, self._container.name, self._peer.host, known_epoch).epoch
@@ -134,6 +141,9 @@ class Departure:
                 with phase("precopy"):
                     rounds = self._precopy(undo, prepared)
                     rehearsal = undo.enter_context(self._rehearse())
+                    if self._live:
+                        with self._progress.step("last rounds"):
+                            rounds.hurry()
                 with phase("freeze"):
                     self._freeze(undo, prepared.checkpoint, rounds, rehearsal)
                 with phase("final"):
@@ -153,8 +163,8 @@ class Departure:
 
     # -- the phases -------------------------------------------------------------------------------------------------
 
-    def _preflight(self) -> int:
-        """Questions only. Returns the highest epoch that the destination knows for this name."""
+    def _preflight(self) -> peer_pb2.ExamineResponse:
+        """Questions only."""
         container = self._container
         self._planned_bytes = sum(extents.total(disk.allocated(volume)) for volume in container.volumes)
         self._planned_bytes += self._snapshots.total_bytes
@@ -175,7 +185,12 @@ class Departure:
             objections.append(peer_pb2.Objection(reason="SNAPSHOTS", message=message))
         if objections:
             raise Precondition("; ".join(o.message for o in objections), reason=objections[0].reason)
-        return answer.last_epoch
+        self._features = answer.features
+        return answer
+
+    def _has_place(self, answer: peer_pb2.ExamineResponse) -> bool:
+        """One of an older version takes as many as come."""
+        return line.FEATURE not in answer.features or self._peer.queue(self._name, 0.0) == 0
 
     def _prepare(self, undo: ExitStack) -> _Prepared:
         container = self._container
@@ -212,7 +227,10 @@ class Departure:
     def _precopy(self, undo: ExitStack, prepared: _Prepared) -> Rounds:
         """The disk, the memory, and the log so far, while the container runs."""
         container, peer = self._container, self._peer
-        copy = DiskCopy(container, undo)
+        batched = disk.FEATURE in self._features
+        copy = DiskCopy(container, undo, batched=batched, check=self._progress.check)
+        if not copy.is_quick:
+            self._progress.note("the disk is read whole while the container stands still: see migrator doctor")
         sender = self._sender()
         has_bases = [*container.volumes][: 1 if prepared.has_base else 0]
         if container.snapshots:
@@ -317,7 +335,7 @@ class Departure:
         if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
             by_operator = self._journal.hear(self._name, Stage.REFUSED).by_operator
             self._failed_at = time.monotonic()
-            raise recovery.refused(record, self._here.host, by_operator=by_operator)
+            raise recovery.refused(record, self._here.host, answer.refusal, by_operator=by_operator)
         by_operator = self._journal.hear(self._name, Stage.OWNER).by_operator
         faults.point("source.owner")
         self._progress.steps(answer.steps)

@@ -14,15 +14,12 @@ from itertools import accumulate, pairwise
 import xxhash
 import zstandard
 
-from blockdev.blocks import Piece
+from blockdev.blocks import BATCH_PIECES, Batch, Piece
 from migrator import wire
 from migrator.errors import PeerError
 from migrator.v1 import peer_pb2
 
 MAX_PIECE_BYTES = 1 << 20
-# Of many small pieces that travel together.
-BATCH_BYTES = 256 << 10
-BATCH_PIECES = 1024
 ZSTD_LEVEL = 1
 # A piece that zstd does not shrink below this part of its size travels plain.
 WORTH_SENDING_COMPRESSED = 0.9
@@ -160,26 +157,27 @@ class Sender:
             self._digests.of(target).add(piece, request.checksum)
             yield from self._out(request, piece.length)
 
-    def batched(self, target: str, pieces: Iterable[Piece]) -> Iterator[peer_pb2.SendRequest]:
+    def batches(self, target: str, batches: Iterable[Batch]) -> Iterator[peer_pb2.SendRequest]:
         """The same with many small pieces in one request, which costs more than the bytes in it: for memory, of which a
         few pages here and there are written."""
-        waiting: list[Piece] = []
+        layout: list[int] = []
+        data: list[bytes | memoryview] = []
         size = 0
-        for piece in pieces:
-            length = 0 if piece.data is None else piece.length
-            if waiting and (size + length > BATCH_BYTES or len(waiting) == BATCH_PIECES):
-                yield from self._send(target, waiting)
-                waiting, size = [], 0
-            waiting.append(piece)
-            size += length
-        yield from self._send(target, waiting)
+        for batch in batches:
+            if size + len(batch.data) > MAX_PIECE_BYTES or len(layout) + len(batch.layout) > 2 * BATCH_PIECES:
+                yield from self._send(target, layout, b"".join(data))
+                layout, data, size = [], [], 0
+            layout += batch.layout
+            data.append(batch.data)
+            size += len(batch.data)
+        yield from self._send(target, layout, b"".join(data))
 
     def files(self, target: str, contents: Iterable[tuple[str, bytes]]) -> Iterator[peer_pb2.SendRequest]:
         """Small files, each whole, as many to a request as fit."""
         waiting: list[tuple[str, bytes]] = []
         size = 0
         for name, content in contents:
-            if waiting and (size + len(content) > BATCH_BYTES or len(waiting) == BATCH_PIECES):
+            if waiting and (size + len(content) > MAX_PIECE_BYTES or len(waiting) == BATCH_PIECES):
                 yield from self._send_files(target, waiting)
                 waiting, size = [], 0
             waiting.append((name, content))
@@ -195,16 +193,13 @@ class Sender:
         self._digests.of(target).add_parts(parts, request.checksum)
         yield from self._out(request, len(data))
 
-    def _send(self, target: str, batch: list[Piece]) -> Iterator[peer_pb2.SendRequest]:
-        if len(batch) < 2:
-            yield from self.requests(target, batch)
+    def _send(self, target: str, layout: list[int], data: bytes) -> Iterator[peer_pb2.SendRequest]:
+        if not layout:
             return
-        parts = [part for item in batch for part in (item.offset, -item.length if item.data is None else item.length)]
-        data = b"".join([item.data for item in batch if item.data is not None])
         request = self._request(target, Piece(0, len(data), data or None))
-        request.parts.extend(parts)
-        self._digests.of(target).add_parts(parts, request.checksum)
-        yield from self._out(request, sum(item.length for item in batch))
+        request.parts.extend(layout)
+        self._digests.of(target).add_parts(layout, request.checksum)
+        yield from self._out(request, sum(map(abs, layout[1::2])))
 
     def _out(self, request: peer_pb2.SendRequest, content_bytes: int) -> Iterator[peer_pb2.SendRequest]:
         wire = len(request.data) + len(request.target) + 64 + 6 * len(request.parts)
@@ -245,20 +240,25 @@ class Receiver:
         return piece
 
     def pieces(self, request: peer_pb2.SendRequest) -> list[Piece]:
-        """All pieces of one request that `batched` may have made. Raises as `piece` does."""
+        """All pieces of one request that `batches` may have made. Raises as `piece` does."""
         if not request.parts:
             return [self.piece(request)]
         if len(request.parts) > 2 * BATCH_PIECES:
             raise PeerError(f"{wire.shown(request.target)}: {len(request.parts) // 2} pieces in one")
         data = memoryview(self._checked(request).data or b"")
-        offsets, lengths = request.parts[::2], request.parts[1::2]
-        if len(offsets) != len(lengths) or min(offsets) < 0 or sum(max(0, length) for length in lengths) != len(data):
+        layout = list(request.parts)
+        offsets, lengths = layout[::2], layout[1::2]
+        with_bytes = sum([length for length in lengths if length > 0])
+        if len(offsets) != len(lengths) or min(offsets) < 0 or with_bytes != len(data):
             raise PeerError(f"{wire.shown(request.target)}: pieces that do not fit together")
-        self._digests.of(request.target).add_parts(request.parts, request.checksum)
+        self._digests.of(request.target).add_parts(layout, request.checksum)
         found, at = [], 0
         for offset, length in zip(offsets, lengths, strict=True):
-            found.append(Piece(offset, abs(length), data[at : at + length] if length > 0 else None))
-            at += max(0, length)
+            if length > 0:
+                found.append(Piece(offset, length, data[at : at + length]))
+                at += length
+            else:
+                found.append(Piece(offset, -length, None))
         return found
 
     def files(self, request: peer_pb2.SendRequest) -> list[tuple[str, bytes]]:

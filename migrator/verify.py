@@ -83,12 +83,12 @@ def chunks(runs: Iterable[peer_pb2.DigestVolumeResponse], size_bytes: int, chunk
 
 
 def differing(pieces: Iterable[Piece], base: Chunks) -> Iterator[Piece]:
-    """What of the pieces is not in a base whose chunks are blocks; the pieces begin at whole blocks."""
+    """What of the pieces is not in a base whose chunks are blocks. Of data only whole blocks are found to be in it."""
     for piece in pieces:
         begin = None
-        for at in range(0, piece.length, BLOCK_BYTES):
-            known = base.get((piece.offset + at) // BLOCK_BYTES)
-            data = None if piece.data is None else memoryview(piece.data)[at : at + BLOCK_BYTES]
+        for part in extents.pieces([Range(piece.offset, piece.offset + piece.length)], BLOCK_BYTES):
+            known, at = base.get(part.start // BLOCK_BYTES), part.start - piece.offset
+            data = None if piece.data is None else memoryview(piece.data)[at : at + part.length]
             same = known is None if data is None else known is not None and known == block_digest(data)
             if same and begin is not None:
                 yield _part(piece, begin, at)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from blockdev import pool
 from migrator.errors import InvalidArgument, PeerError
 from migrator.v1 import peer_pb2
 
@@ -24,6 +25,7 @@ RESERVE_PART, LARGEST_RESERVE_BYTES = 20, 1 << 30
 # What the host keeps of its memory.
 MEMORY_RESERVE_BYTES = 256 << 20
 MOST_STEPS, LONGEST_MS = 64, 1e9
+LONGEST_REASON = 1000
 _SHOWN = 80
 
 
@@ -52,6 +54,15 @@ def check_room(descriptor: int, wanted_bytes: int) -> None:
     free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     if free - wanted_bytes < min(LARGEST_RESERVE_BYTES, total // RESERVE_PART):
         raise PeerError(f"the destination's file system is nearly full: {free >> 20} MiB are left", reason="NO_SPACE")
+
+
+def check_pool(folder: Path, wanted_bytes: int) -> None:
+    """Whether the pool that the folder is in has so much left for a stranger; of one that is a sparse file what is
+    under it counts, too. Raises PeerError (NO_SPACE), before containers would have to be paused for it."""
+    room = pool.room(folder)
+    if wanted_bytes > room.available_bytes:
+        free = f"{room.free_bytes >> 20} MiB are left"
+        raise PeerError(f"the destination's pool is nearly full: {free}", reason="NO_SPACE")
 
 
 def check_memory(wanted_bytes: int) -> None:

@@ -57,6 +57,8 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
                 message.disk_bytes += allocated
         message.migration = self._migration_of(name)
         message.restarts = record.restarts
+        if record.lost_time_ms:
+            message.lost_time.CopyFrom(_timestamp(record.lost_time_ms * 1_000_000))
         if record.state is State.PAUSED and self._room is not None and name in self._room.pauses():
             message.pause_reason = REASON
         return message

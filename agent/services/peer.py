@@ -39,6 +39,9 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         self._peer(context)
         return self._host.examine(request)
 
+    def Queue(self, request: peer_pb2.QueueRequest, context: grpc.ServicerContext) -> peer_pb2.QueueResponse:
+        return peer_pb2.QueueResponse(position=self._arrivals.queue(self._peer(context), request))
+
     def Prepare(self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext) -> peer_pb2.PrepareResponse:
         return self._arrivals.prepare(self._peer(context), request)
 

@@ -23,6 +23,8 @@ FLAG_CONVERTING = 2
 CLUSTER_SECTORS = tuple(1 << power for power in range(3, 18))
 # 16 TiB in clusters of 1 MiB: a table of 64 MiB.
 MOST_ENTRIES = 1 << 24
+# Of a file, whatever part of them is used: a byte of memory for each while it is checked.
+MOST_CLUSTERS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def _to_clusters(name: str, entries: "array[int]", cluster_sectors: int) -> None
 
 
 def _check_entries(name: str, entries: "array[int]", first: int, end: int) -> None:
+    if end > MOST_CLUSTERS:
+        raise FormatError(f"{name} is long enough for {end} clusters, and its table has {len(entries)}: that cannot be")
     seen = bytearray(end)
     for cluster, entry in enumerate(entries):
         if entry:

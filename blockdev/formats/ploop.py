@@ -33,11 +33,16 @@ class PloopDisk:
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > self._size_bytes:
             raise FormatError(f"bytes {offset} to {offset + length} are not on the disk, which has {self._size_bytes}")
-        found = [self._read(piece) for piece in extents.pieces([Range(offset, offset + length)], self._cluster_bytes)]
+        step = self._cluster_bytes if self._deltas else max(1, length)
+        found = [self._read(piece) for piece in extents.pieces([Range(offset, offset + length)], step)]
         return b"".join(found)
 
     def ranges(self, start: int, end: int) -> Iterator[Range]:
         end = min(end, self._size_bytes)
+        if not self._deltas:
+            # The size of its clusters is only the descriptor's word.
+            yield from () if self._plain is None else self._plain.ranges(start, end)
+            return
         pending: Range | None = None
         for piece in extents.pieces([Range(start, end)], self._cluster_bytes):
             cluster = piece.start // self._cluster_bytes

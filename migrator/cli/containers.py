@@ -26,10 +26,11 @@ names_argument = click.argument("names", nargs=-1, required=True, type=CONTAINER
 def ps(everything: bool) -> None:
     """List the containers of the host, running or not.
 
-    One that is "paused, no room" goes on by itself when the pool has room again.
+    One that is "paused, no room" goes on by itself when the pool has room again. One that is "stopped, lost" has ended
+    with its host, or without anybody having seen how: what was in its memory is gone, its disk is as it was.
 
     With -o json: a list of objects with name, state, host, image, ip, memory_bytes, disk_bytes, pid, started,
-    exit_code, migration and pause_reason.
+    exit_code, migration, pause_reason and lost (when it was found so; until an operator starts it).
     """
     with agent() as channel:
         listed = ContainerServiceStub(channel).ListContainers(container_pb2.ListContainersRequest(), timeout=READ_S)
@@ -60,6 +61,8 @@ def _state(item: dict[str, object]) -> str:
         return f"{item['state']}, no room"
     if item["state"] == "stopped" and item["exit_code"] is not None:
         return f"stopped ({item['exit_code']})"
+    if item["state"] == "stopped" and item["lost"]:
+        return "stopped, lost"
     return str(item["state"])
 
 

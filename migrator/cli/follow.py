@@ -58,7 +58,8 @@ def _follow(
 ) -> migration_pb2.Migration:
     watcher = threading.Thread(target=_watch, args=(migration.name, target, events), daemon=True, name="watch")
     watcher.start()
-    interrupts = noted = position = 0
+    interrupts = noted = 0
+    turn = (0, "")
     with drawing.picture() as picture:
         picture.show(migration)
         while not migration.outcome:
@@ -66,8 +67,8 @@ def _follow(
             if isinstance(event, migration_pb2.Migration):
                 migration = event
                 picture.show(migration)
-                if migration.queue_position != position:
-                    position = migration.queue_position
+                if (migration.queue_position, migration.queue_host) != turn:
+                    turn = (migration.queue_position, migration.queue_host)
                     picture.note(_turn(migration))
                 if verbose:
                     for note in migration.notes[noted:]:
@@ -88,7 +89,8 @@ def _follow(
 def _turn(migration: migration_pb2.Migration) -> str:
     if not migration.queue_position:
         return "its turn has come"
-    return f"queued: number {migration.queue_position} of those that wait at {migration.source}"
+    whose = migration.queue_host or migration.source
+    return f"queued: number {migration.queue_position} of those that wait for a place at {whose}"
 
 
 def _cancel(migration: migration_pb2.Migration, target: Endpoint) -> str:

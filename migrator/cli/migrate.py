@@ -74,7 +74,7 @@ def command(
 
     With -o json: one object with migration, container, source, destination, outcome (migrated, rolled_back, refused,
     cancelled, container_ended, uncertain, checked, timed_out; running or queued before its end), queue_position,
-    downtime_ms, total_ms, bytes {memory, disk, wire}, phases [{name, start_ms, duration_ms, steps}], notes,
+    queue_host, downtime_ms, total_ms, bytes {memory, disk, wire}, phases [{name, start_ms, duration_ms, steps}], notes,
     where_running, and error {reason, message, exit_code} or null.
     downtime_ms is the time from the source's freeze to the first task running at the destination: each clock's own
     share and the exchange between.

@@ -31,7 +31,7 @@ def ls() -> None:
             migration.name,
             migration.container,
             migration.destination,
-            outcome_name(migration) + (f" ({migration.queue_position})" if migration.queue_position else ""),
+            outcome_name(migration) + _place(migration),
             format_duration(migration.downtime_ms) if migration.downtime_ms else "-",
             format_duration(migration.total_ms) if migration.total_ms else "-",
             output.iso(migration.create_time) or "-",
@@ -39,6 +39,12 @@ def ls() -> None:
         for migration in found
     ]
     output.write_table(["MIGRATION", "CONTAINER", "TO", "OUTCOME", "DOWNTIME", "TOTAL", "BEGAN"], rows)
+
+
+def _place(migration: migration_pb2.Migration) -> str:
+    if not migration.queue_position:
+        return ""
+    return f" ({migration.queue_position} at {migration.queue_host or migration.source})"
 
 
 @group.command("show")

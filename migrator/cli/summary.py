@@ -45,6 +45,7 @@ def migration_object(migration: migration_pb2.Migration) -> dict[str, object]:
         "destination": migration.destination,
         "outcome": outcome_name(migration),
         "queue_position": migration.queue_position or None,
+        "queue_host": migration.queue_host or None,
         "downtime_ms": round(migration.downtime_ms, 3),
         "total_ms": round(migration.total_ms, 3),
         "bytes": {"memory": migration.bytes.memory, "disk": migration.bytes.disk, "wire": migration.bytes.wire},

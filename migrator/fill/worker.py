@@ -54,6 +54,8 @@ class Worker:
         self._numbers: dict[int, int] = {}
         self._files: dict[int, int | None] = {}
         self._sharers: dict[int, int] = {}
+        # By owner: where its file has data, at least what is not yet filled of that.
+        self._runs: dict[int, tuple[int, int]] = {}
         self._epoll = select.epoll()
         self._epoll.register(keeper.fileno(), select.EPOLLIN)
         self._postponed: list[tuple[int, int]] = []
@@ -281,8 +283,15 @@ class Worker:
             self._buffer[read:length] = bytes(length - read)
 
     def _data(self, owner: int, start: int, end: int) -> tuple[int, int] | None:
+        """The first run of data in there; the last one is kept, since finding its end takes longer the longer it is."""
         file = self._files[owner]
-        return None if file is None else next(page_store.data(file, start, end), None)
+        first, last = self._runs.get(owner, (0, 0))
+        if first <= start < last:
+            return start, min(end, last)
+        found = None if file is None else next(page_store.data(file, start, end), None)
+        if found is not None:
+            self._runs[owner] = found
+        return found
 
     def _give_back(self, owner: int, start: int, end: int) -> None:
         file = self._files.get(owner)

@@ -5,7 +5,7 @@
         tracker.start()
         collected = tracker.collect()
         for change in collected.processes:
-            for piece in tracker.read(change.process, change.written): ...
+            for batch in tracker.read(change.process, change.written): ...
 
 docs/design.md says how it is done.
 """
@@ -13,14 +13,12 @@ docs/design.md says how it is done.
 from migrator.memory.choosing import METHODS, choose, make, probe
 from migrator.memory.errors import NotNow, ProcessGone, Untrackable
 from migrator.memory.processes import ProcessKey
-from migrator.memory.reading import Gone
 from migrator.memory.shared import ObjectKey
 from migrator.memory.tracker import Collected, MemoryTracker, Moment, ProcessChange, SharedChange
 
 __all__ = [
     "METHODS",
     "Collected",
-    "Gone",
     "MemoryTracker",
     "Moment",
     "NotNow",

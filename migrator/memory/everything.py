@@ -18,12 +18,12 @@ class Everything:
         """See Watch."""
         result = Scan()
         for area in areas:
-            result.add(source.populated(area.start, area.end), all_written=True)
+            result.add(source.populated(area), all_written=True)
         return result
 
     def scan_shared(self, source: Pagemap, area: Mapping) -> list[Range]:
         """See Watch."""
-        return addresses(source.populated(area.start, area.end, shared=True))
+        return addresses(source.populated(area))
 
     def finish(self) -> None:
         """Nothing is remembered."""

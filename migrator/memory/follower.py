@@ -5,18 +5,19 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Self
 
 from blockdev import extents
-from blockdev.blocks import Piece
+from blockdev.blocks import Batch
 from blockdev.extents import Range
 from migrator.memory import descriptors, mappings, processes, reading
 from migrator.memory.errors import NotNow, ProcessGone, Untrackable
 from migrator.memory.everything import Everything
 from migrator.memory.mappings import Mapping
-from migrator.memory.pagemap import Pagemap, subtract
+from migrator.memory.pagemap import Pagemap, Regions
 from migrator.memory.processes import ProcessKey
-from migrator.memory.reading import Gone
 from migrator.memory.shared import Change, ObjectKey, SharedObject, is_memory, key_of
 from migrator.memory.tracker import Collected, Moment, Pids, ProcessChange, SharedChange
 from migrator.memory.watching import MemoryReplaced, Method, Scan, Watch
@@ -25,11 +26,37 @@ from migrator.memory.watching import MemoryReplaced, Method, Scan, Watch
 _TRIES = 3
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The mappings of a process, and the text that they were read from: mostly it is the same at the next look."""
+
+    text: bytes
+    areas: list[Mapping]
+    private: list[Mapping]
+    shared: list[Mapping]
+    aio_rings: list[Mapping]
+
+    @classmethod
+    def of(cls, text: bytes) -> Self:
+        areas = mappings.parse(text)
+        return cls(
+            text,
+            areas,
+            [area for area in areas if area.is_private],
+            [area for area in areas if area.is_shared],
+            [area for area in areas if area.is_aio_ring],
+        )
+
+
+_NO_LAYOUT = _Layout(b"", [], [], [], [])
+
+
 @dataclass
 class _Followed:
     """A process, what was there at the last look, and whether looks since a paused one may have missed something."""
 
     watch: Watch
+    layout: _Layout = _NO_LAYOUT
     populated: list[Range] = field(default_factory=list)
     may_have_missed: bool = False
     direct_devices: set[int] = field(default_factory=set)
@@ -51,8 +78,11 @@ class Follower:
         self._pids, self._method = pids, method
         self._followed: dict[ProcessKey, _Followed] = {}
         self._objects: dict[ObjectKey, SharedObject] = {}
-        # What `compare` found, and no collect has told.
-        self._compared: dict[ObjectKey, Change] = {}
+        # What page tables said of them when the container was stopped, in case that it goes on.
+        self._unseen: dict[ObjectKey, list[Range]] = defaultdict(list)
+        # With the container stopped, those that `compare` has told of.
+        self._compared: set[ObjectKey] = set()
+        self._regions = Regions()
         # Device numbers whose files are no memory: disks, and devices that are mapped.
         self._no_memory: set[int] = set()
 
@@ -87,7 +117,10 @@ class Follower:
             alive.add(process)
             for key, ranges in found.shared.items():
                 candidates[key].extend(ranges)
-            result.processes.append(_change(process, followed, found, moment))
+            result.processes.append(change := _change(process, followed, found, moment))
+            # Of one that is not watched yet page tables say nothing.
+            if moment is Moment.STOPPED and change.watched:
+                result.unseen.extend(chain.from_iterable(found.shared.values()))
             if found.direct_io:
                 result.direct_io.append(process)
         for process in [process for process in self._followed if process not in alive]:
@@ -100,30 +133,38 @@ class Follower:
         """See MemoryTracker. A read by the process itself has ended when it is frozen; AIO and io_uring have not."""
         devices: set[int] = set()
         for process in self._processes():
+            followed = self._followed.get(process)
             try:
-                opened = descriptors.look(process.pid, direct=True)
-                aio = any(area.is_aio_ring for area in mappings.read(process.pid))
+                layout = _layout(process.pid, followed.layout if followed else _NO_LAYOUT)
+                if layout.aio_rings or descriptors.look(process.pid, direct=False).io_uring:
+                    devices |= descriptors.look(process.pid, direct=True).direct_devices
+                    # Its files may have been closed since.
+                    devices |= followed.direct_devices if followed else set()
             except ProcessGone:
                 continue
-            if aio or opened.io_uring:
-                devices |= opened.direct_devices
-                # Its files may have been closed since.
-                if process in self._followed:
-                    devices |= self._followed[process].direct_devices
         return descriptors.wait_drained(devices, seconds)
 
-    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch]:
         """See MemoryTracker."""
         return reading.read_process(process, ranges)
 
-    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Batch]:
         """See MemoryTracker."""
         return self._objects[key].read(ranges)
 
-    def compare(self) -> None:
+    def populated(self, process: ProcessKey) -> list[Range]:
         """See MemoryTracker."""
-        for key, item in self._objects.items():
-            self._compared[key] = item.look([], at_all=True)
+        return self._followed[process].populated
+
+    def areas(self, process: ProcessKey) -> list[Mapping]:
+        """See MemoryTracker."""
+        return self._followed[process].layout.areas
+
+    def compare(self) -> list[SharedChange]:
+        """See MemoryTracker."""
+        self._unseen.clear()
+        self._compared = set(self._objects)
+        return [self._told(item, item.look([], at_all=True)) for item in self._objects.values()]
 
     def status(self, key: ObjectKey) -> os.stat_result:
         """See MemoryTracker."""
@@ -190,14 +231,13 @@ class Follower:
         # Without a pause a method that needs one leaves its marks for the next time.
         watch = Everything() if self.needs_pause and moment is Moment.RUNNING else followed.watch
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
-        with Pagemap(process.pid) as source:
-            areas = mappings.read(process.pid)
+        with Pagemap(process.pid, self._regions) as source:
+            layout = followed.layout = _layout(process.pid, followed.layout)
             # By path of the mapping as it is now: registering may join it to its neighbour.
-            objects = [(area, self._object(process.pid, area, moment)) for area in areas if area.is_shared]
-            scan = watch.scan(source, [area for area in areas if area.is_private])
-            rings = Everything().scan(source, aio := [area for area in areas if area.is_aio_ring])
-            if aio:
-                scan = _join(scan, rings)
+            objects = [(area, self._object(process.pid, area, moment)) for area in layout.shared]
+            scan = watch.scan(source, layout.private)
+            if layout.aio_rings:
+                scan = _join(scan, Everything().scan(source, layout.aio_rings))
             for area, item in objects:
                 if item is not None:
                     found = watch.scan_shared(source, area)
@@ -207,7 +247,7 @@ class Follower:
         for path in opened.memfds:
             if (item := self._open(path, "", moment)) is not None:
                 shared[item.key].extend(())
-        return scan, shared, bool(aio)
+        return scan, shared, bool(layout.aio_rings)
 
     def _object(self, pid: int, area: Mapping, moment: Moment) -> SharedObject | None:
         """What a shared mapping is of, None for files of disks and for devices."""
@@ -244,27 +284,42 @@ class Follower:
         return item
 
     def _look_at_objects(self, candidates: dict[ObjectKey, list[Range]], moment: Moment, result: Collected) -> None:
-        compared, self._compared = self._compared, {}
+        if moment is not Moment.LAST:
+            self._compared.clear()
         for key in [key for key in self._objects if key not in candidates]:
             if moment is Moment.LAST:
                 candidates[key] = []  # System V memory that nobody has attached is there all the same
                 continue
             self._objects.pop(key).close()
+            self._unseen.pop(key, None)
             result.released.append(key)
         for key, ranges in candidates.items():
             item = self._objects[key]
-            before = compared.get(key)
-            if before is not None and moment is Moment.LAST:
-                change = before
+            if moment is Moment.STOPPED:
+                self._unseen[key].extend(ranges)
+                size_bytes = os.fstat(item.descriptor).st_size
+                result.shared.append(SharedChange(key, item.name, size_bytes, [], []))
+            elif key in self._compared:
+                # CRIU may have put system calls into its code, for the moment of the comparison.
+                change = item.look(extents.merge(ranges), at_all=False)
+                result.shared.append(SharedChange(key, item.name, item.size_bytes, *change))
             else:
-                change = _after(before, item.look(extents.merge(ranges), at_all=moment is Moment.LAST))
-            written = item.populated() if self._method.tells_all else change.written
-            result.shared.append(SharedChange(key, item.name, item.size_bytes, written, change.gone))
+                seen = extents.merge([*self._unseen.pop(key, []), *ranges])
+                result.shared.append(self._told(item, item.look(seen, at_all=moment is Moment.LAST)))
+
+    def _told(self, item: SharedObject, change: Change) -> SharedChange:
+        written = item.populated() if self._method.tells_all else change.written
+        return SharedChange(item.key, item.name, item.size_bytes, written, change.gone)
+
+
+def _layout(pid: int, known: _Layout) -> _Layout:
+    text = mappings.text(pid)
+    return known if text == known.text else _Layout.of(text)
 
 
 def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Moment) -> ProcessChange:
     scan = found.scan
-    gone = subtract(followed.populated, scan.populated)
+    gone = extents.subtract(followed.populated, scan.populated)
     followed.populated = scan.populated
     written = scan.written
     if moment is Moment.RUNNING:
@@ -273,14 +328,6 @@ def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Mom
         followed.may_have_missed, written = False, scan.populated
     watched = not (isinstance(followed.watch, Everything) and followed.watch.temporary)
     return ProcessChange(process, written, gone, watched)
-
-
-def _after(before: Change | None, change: Change) -> Change:
-    """Two looks as one: what was written in the first and is gone by the second is gone."""
-    if before is None:
-        return change
-    gone = subtract(extents.merge([*before.gone, *change.gone]), change.written)
-    return Change(subtract(extents.merge([*before.written, *change.written]), gone), gone)
 
 
 def _join(scan: Scan, more: Scan) -> Scan:

@@ -35,6 +35,11 @@ class Mapping(NamedTuple):
         return self.permissions[3] == "p" and self.name not in _OF_THE_KERNEL
 
     @property
+    def is_anonymous(self) -> bool:
+        """No file is mapped, so that no page can be one of a file."""
+        return self.is_private and self.inode == 0
+
+    @property
     def is_shared(self) -> bool:
         """Of an object that others may map too: shared anonymous, memfd, System V, or a file."""
         return self.permissions[3] == "s" and (self.inode != 0 or self.is_system_v) and not self.is_aio_ring
@@ -47,11 +52,20 @@ class Mapping(NamedTuple):
 
 def read(pid: int) -> list[Mapping]:
     """All of a process, in order. Raises ProcessGone."""
+    return parse(text(pid))
+
+
+def text(pid: int) -> bytes:
+    """For `parse`. Raises ProcessGone."""
     try:
-        text = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="surrogateescape")
+        return Path(f"/proc/{pid}/maps").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(f"process {pid} is gone") from error
-    return [parse_line(line) for line in text.splitlines()]
+
+
+def parse(lines: bytes) -> list[Mapping]:
+    """All that the text of /proc/PID/maps names. Of what ends a line elsewhere the kernel escapes \\n alone."""
+    return [parse_line(line) for line in lines.decode(errors="surrogateescape").split("\n") if line]
 
 
 @functools.lru_cache(LINES_KEPT)

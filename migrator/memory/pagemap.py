@@ -13,8 +13,8 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from blockdev.extents import Range
 from migrator.memory.errors import ProcessGone
+from migrator.memory.mappings import Mapping
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
@@ -48,8 +48,12 @@ class Wanted(NamedTuple):
 
 # Memory of a process' own: not what it sees of a file, and not the page of zeros.
 PRIVATE = Wanted(0, FILE | ZERO_PAGE, PRESENT | SWAPPED, WRITTEN | SWAPPED)
+# The same where no file is mapped. To find out that a page is none of a file takes ten times as long as all else: 13 ms
+# for 1 GiB (Linux 6.18).
+ANONYMOUS = Wanted(0, ZERO_PAGE, PRESENT | SWAPPED, WRITTEN | SWAPPED)
 PRIVATE_WRITTEN = Wanted(WRITTEN, FILE | ZERO_PAGE, PRESENT | SWAPPED, WRITTEN | SWAPPED)
 PRIVATE_SOFT_DIRTY = Wanted(0, FILE | ZERO_PAGE, PRESENT | SWAPPED, SOFT_DIRTY | SWAPPED)
+ANONYMOUS_SOFT_DIRTY = Wanted(0, ZERO_PAGE, PRESENT | SWAPPED, SOFT_DIRTY | SWAPPED)
 SHARED = Wanted(0, 0, PRESENT | SWAPPED, PRESENT)
 SHARED_WRITTEN = Wanted(WRITTEN, 0, PRESENT | SWAPPED, PRESENT)
 SHARED_SOFT_DIRTY = Wanted(0, 0, PRESENT | SWAPPED, SOFT_DIRTY)
@@ -63,17 +67,24 @@ class Region(NamedTuple):
     categories: int
 
 
+class Regions:
+    """Where the kernel puts what a scan finds: for one thread at a time. To make it takes longer than a small scan."""
+
+    def __init__(self) -> None:
+        self.values = (ctypes.c_uint64 * (3 * _REGIONS))()
+
+
 class Pagemap:
     """The file of one process, of the memory that it has now: after exec it is of no use. Close it."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, regions: Regions | None = None) -> None:
         # PAGEMAP_SCAN is allowed on a descriptor for reading.
         try:
             self.descriptor = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError) as error:
             raise ProcessGone(f"process {pid} is gone") from error
         self._pid = pid
-        self._regions = (ctypes.c_uint64 * (3 * _REGIONS))()
+        self._regions = (regions or Regions()).values
 
     def __enter__(self) -> "Pagemap":
         return self
@@ -102,7 +113,8 @@ class Pagemap:
             except OSError as error:
                 where = f"process {self._pid}, {start:x}-{end:x}"
                 raise type(error)(error.errno, f"PAGEMAP_SCAN: {error.strerror}", where) from error
-            start = _ARGUMENT.unpack(argument)[4]
+            # Where all was walked through, the kernel leaves an earlier end of its own there, or none (Linux 6.18).
+            start = _ARGUMENT.unpack(argument)[4] if count == _REGIONS else end
             values = self._regions[: 3 * count]
             for first, last, categories in zip(values[0::3], values[1::3], values[2::3], strict=True):
                 if categories & SWAPPED:
@@ -110,15 +122,15 @@ class Pagemap:
                 else:
                     yield Region(first, last, categories)
 
-    def populated(self, start: int, end: int, *, shared: bool = False) -> list[Region]:
+    def populated(self, area: Mapping) -> list[Region]:
         """What a mapping holds, private or shared, with SOFT_DIRTY where the kernel has it; on any kernel."""
         if has_scan():
-            wanted = SHARED_SOFT_DIRTY if shared else PRIVATE_SOFT_DIRTY
-            return list(self.scan(start, end, wanted))
+            alone = ANONYMOUS_SOFT_DIRTY if area.is_anonymous else PRIVATE_SOFT_DIRTY
+            return list(self.scan(area.start, area.end, SHARED_SOFT_DIRTY if area.is_shared else alone))
         found: list[Region] = []
-        for first in range(start, end, _READ_BYTES):
-            last = min(end, first + _READ_BYTES)
-            kinds = (kind_of(entry, shared=shared) for entry in self.entries(first, last))
+        for first in range(area.start, area.end, _READ_BYTES):
+            last = min(area.end, first + _READ_BYTES)
+            kinds = (kind_of(entry, shared=area.is_shared) for entry in self.entries(first, last))
             found.extend(region for region in runs(first, kinds) if region.categories)
         return found
 
@@ -178,23 +190,3 @@ def runs(start: int, kinds: Iterator[int]) -> Iterator[Region]:
         at += PAGE_BYTES
     if current is not None:
         yield Region(begin, at, current)
-
-
-def subtract(before: list[Range], now: list[Range]) -> list[Range]:
-    """What is in the first and not in the second: both in order, without overlaps."""
-    if before == now:
-        return []
-    left: list[Range] = []
-    at = 0
-    for start, end in before:
-        while at < len(now) and now[at].end <= start:
-            at += 1
-        look, begin = at, start
-        while look < len(now) and now[look].start < end:
-            if now[look].start > begin:
-                left.append(Range(begin, now[look].start))
-            begin = max(begin, now[look].end)
-            look += 1
-        if begin < end:
-            left.append(Range(begin, end))
-    return left

@@ -3,27 +3,20 @@
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
-from blockdev.blocks import Piece
+from blockdev import blocks
+from blockdev.blocks import Batch
 from blockdev.extents import Range, pieces
 from migrator.memory import mappings, processes
 from migrator.memory.errors import ProcessGone
 from migrator.memory.pagemap import PAGE_BYTES
 from migrator.memory.processes import ProcessKey
 
-PIECE_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20
 # What process_vm_readv(2) takes in one call (IOV_MAX).
 _MOST_RANGES = 1024
 _ZERO_PAGE = bytes(PAGE_BYTES)
-
-
-class Gone(NamedTuple):
-    """Addresses (or offsets) at which nothing is any more. The next collect says so too, or that it is back."""
-
-    start: int
-    end: int
 
 
 class _Vector(ctypes.Structure):
@@ -37,77 +30,81 @@ _libc.process_vm_readv.argtypes = [
 ]  # fmt: skip
 
 
-def read_process(process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
-    """What is in these ranges (whole pages) now, in order, in pieces of at most 1 MiB that stay within a range.
+def read_process(process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch]:
+    """What is in these ranges (whole pages) now, in order. Where nothing is any more, zeros: the next collect says so
+    too, or that it is back.
 
     Also where the process itself may not read. The process may run: what it writes meanwhile is told by the next
     collect. Raises ProcessGone, also at the end if what was read last may be another process'.
     """
     if not processes.is_alive(process):
         raise ProcessGone(f"process {process.pid} has ended")
-    buffer = ctypes.create_string_buffer(PIECE_BYTES)
+    buffer = ctypes.create_string_buffer(BATCH_BYTES)
     remote = (_Vector * _MOST_RANGES)()
     with memoryview(buffer).cast("B") as view:
-        for batch in _batches(pieces(ranges, PIECE_BYTES)):
+        for batch in _batches(pieces(ranges, BATCH_BYTES)):
             left = batch
             while left:
-                done = _read_some(process.pid, left, buffer, remote)
-                at = 0
-                for number, part in enumerate(left):
-                    got = min(part.length, done - at) // PAGE_BYTES * PAGE_BYTES
-                    if got:
-                        yield from split_zero_pages(part.start, bytes(view[at : at + got]))
-                    at += got
-                    if got < part.length:
-                        after = yield from _hard(process.pid, Range(part.start + got, part.end))
-                        left = [after] * (after.length > 0) + left[number + 1 :]
-                        break
-                else:
-                    left = []
+                done = _read_some(process.pid, left, buffer, remote) // PAGE_BYTES * PAGE_BYTES
+                taken, left = _cut(left, done)
+                if done:
+                    yield without_zeros(taken, bytes(view[:done]))
+                if left:
+                    yield from _hard(process.pid, left[0])
+                    del left[0]
     if not processes.is_alive(process):
         raise ProcessGone(f"process {process.pid} has ended")
 
 
-def read_object(
-    descriptor: int, ranges: Iterable[Range], seen: Callable[[int, memoryview], None]
-) -> Iterator[Piece | Gone]:
+def read_object(descriptor: int, ranges: Iterable[Range], seen: Callable[[int, memoryview], None]) -> Iterator[Batch]:
     """The same for a file by offsets; what is beyond its end is gone, and a last page is filled up with zeros.
 
     `seen` is told of all that was read: where, and whole pages of it.
     """
-    buffer = bytearray(PIECE_BYTES)
+    buffer = bytearray(BATCH_BYTES)
     with memoryview(buffer) as view:
-        for part in pieces(ranges, PIECE_BYTES):
-            done = os.preadv(descriptor, [view[: part.length]], part.start)
-            padded = -(-done // PAGE_BYTES) * PAGE_BYTES
-            view[done:padded] = bytes(padded - done)
-            if padded:
-                seen(part.start, view[:padded])
-                yield from split_zero_pages(part.start, bytes(view[:padded]))
-            if padded < part.length:
-                yield Gone(part.start + padded, part.end)
+        for batch in _batches(pieces(ranges, BATCH_BYTES)):
+            at = 0
+            found: list[Range] = []
+            for part in batch:
+                done = os.preadv(descriptor, [view[at : at + part.length]], part.start)
+                padded = -(-done // PAGE_BYTES) * PAGE_BYTES
+                view[at + done : at + padded] = bytes(padded - done)
+                if padded:
+                    seen(part.start, view[at : at + padded])
+                    found.append(Range(part.start, part.start + padded))
+                if padded < part.length:
+                    yield from blocks.zeros([Range(part.start + padded, part.end)])
+                at += padded
+            if found:
+                yield without_zeros(found, bytes(view[:at]))
 
 
-def split_zero_pages(offset: int, data: bytes) -> Iterator[Piece]:
-    """Whole pages as pieces of data and pieces of zeros, in order. The data is not copied."""
-    length = len(data)
-    if length == PAGE_BYTES:
-        yield Piece(offset, length, None if data == _ZERO_PAGE else data)
-        return
-    begin, zero = 0, data.startswith(_ZERO_PAGE)
-    for at in range(PAGE_BYTES, length, PAGE_BYTES):
-        if data.startswith(_ZERO_PAGE, at) != zero:
-            yield Piece(offset + begin, at - begin, None if zero else memoryview(data)[begin:at])
-            begin, zero = at, not zero
-    if length:
-        yield Piece(offset + begin, length - begin, None if zero else memoryview(data)[begin:])
+def without_zeros(ranges: list[Range], data: bytes) -> Batch:
+    """The contents of ranges, one behind the other, with whole pages of zeros left out."""
+    if not any(data.startswith(_ZERO_PAGE, at) for at in range(0, len(data), PAGE_BYTES)):
+        return Batch([word for part in ranges for word in (part.start, part.end - part.start)], data)
+    layout: list[int] = []
+    kept: list[memoryview] = []
+    at = 0
+    for part in ranges:
+        left = part.length
+        while left:
+            is_zero, length = data.startswith(_ZERO_PAGE, at), PAGE_BYTES
+            while length < left and data.startswith(_ZERO_PAGE, at + length) == is_zero:
+                length += PAGE_BYTES
+            layout += (part.end - left, -length if is_zero else length)
+            if not is_zero:
+                kept.append(memoryview(data)[at : at + length])
+            left, at = left - length, at + length
+    return Batch(layout, b"".join(kept))
 
 
 def _batches(parts: Iterator[Range]) -> Iterator[list[Range]]:
     batch: list[Range] = []
     size = 0
     for part in parts:
-        if batch and (size + part.length > PIECE_BYTES or len(batch) == _MOST_RANGES):
+        if batch and (size + part.length > BATCH_BYTES or len(batch) == _MOST_RANGES):
             yield batch
             batch, size = [], 0
         batch.append(part)
@@ -135,27 +132,49 @@ def _read_some(pid: int, parts: list[Range], into: ctypes.Array[ctypes.c_char], 
     return 0
 
 
-def _hard(pid: int, part: Range) -> Generator[Piece | Gone, None, Range]:
-    """A page that the process itself may not read, or that is gone: returns what is left of the range after it."""
-    length = 0
+def _cut(parts: list[Range], length: int) -> tuple[list[Range], list[Range]]:
+    """So many bytes of the ranges, and the rest."""
+    for number, part in enumerate(parts):
+        if length < part.length:
+            middle = part.start + length
+            return [*parts[:number], *[Range(part.start, middle)] * (length > 0)], [
+                Range(middle, part.end),
+                *parts[number + 1 :],
+            ]
+        length -= part.length
+    return parts, []
+
+
+def _hard(pid: int, part: Range) -> Iterator[Batch]:
+    """A range whose first page the process itself may not read, or that is gone."""
     try:
         descriptor = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(f"process {pid} has ended") from error
     try:
-        data = os.pread(descriptor, part.length, part.start)
-        length = len(data) // PAGE_BYTES * PAGE_BYTES
+        start = part.start
+        while start < part.end:
+            data = _read_hard(descriptor, start, part.end)
+            if data:
+                end = start + len(data)
+                yield without_zeros([Range(start, end)], data)
+            else:
+                end = min(part.end, _end_of_nothing(pid, start))
+                yield from blocks.zeros([Range(start, end)])
+            start = end
+    finally:
+        os.close(descriptor)
+
+
+def _read_hard(descriptor: int, start: int, end: int) -> bytes:
+    """Whole pages, none where nothing is."""
+    try:
+        data = os.pread(descriptor, end - start, start)
     except OSError as error:
         if error.errno not in (errno.EIO, errno.EFAULT):
             raise
-    finally:
-        os.close(descriptor)
-    if length:
-        yield from split_zero_pages(part.start, data[:length])
-        return Range(part.start + length, part.end)
-    end = min(part.end, _end_of_nothing(pid, part.start))
-    yield Gone(part.start, end)
-    return Range(end, part.end)
+        return b""
+    return data[: len(data) // PAGE_BYTES * PAGE_BYTES]
 
 
 def _end_of_nothing(pid: int, at: int) -> int:

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from blockdev import extents
-from blockdev.blocks import Piece
+from blockdev.blocks import Batch
 from blockdev.extents import Range
 from migrator.memory import reading
 from migrator.memory.digests import Digests
-from migrator.memory.pagemap import PAGE_BYTES, subtract
-from migrator.memory.reading import Gone
+from migrator.memory.pagemap import PAGE_BYTES
 
 # Of linux/magic.h.
 _TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
@@ -80,18 +79,18 @@ class SharedObject:
             end = -(-status.st_size // PAGE_BYTES) * PAGE_BYTES
             found = extents.allocated(self.descriptor, status.st_size)
             populated = extents.merge(_whole_pages(part, end) for part in found)
-        gone = subtract(self._populated, populated)
+        gone = extents.subtract(self._populated, populated)
         self._digests.forget(gone)
         if at_all or by_descriptor:
             look_at = populated
         else:
             # Also those that came to be without a trace in the page tables of the processes that are there.
-            new = subtract(populated, self._populated)
-            look_at = intersect(extents.merge([*candidates, *new]), populated)
+            new = extents.subtract(populated, self._populated)
+            look_at = extents.intersect(extents.merge([*candidates, *new]), populated)
         self._populated = populated
         return Change(self._digests.changed(self.descriptor, look_at), gone)
 
-    def read(self, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+    def read(self, ranges: Iterable[Range]) -> Iterator[Batch]:
         """What is in it now, which later looks are compared to."""
         return reading.read_object(self.descriptor, ranges, self._digests.seen)
 
@@ -111,11 +110,6 @@ def is_memory(descriptor: int) -> bool:
         number = ctypes.get_errno()
         raise OSError(number, f"fstatfs: {os.strerror(number)}", f"descriptor {descriptor}")
     return int.from_bytes(buffer.raw[:8], "little") in (_TMPFS, _HUGETLBFS)
-
-
-def intersect(left: list[Range], right: list[Range]) -> list[Range]:
-    """What is in both: each in order, without overlaps."""
-    return subtract(left, subtract(left, right)) if left and right else []
 
 
 def _whole_pages(part: Range, end: int) -> Range:

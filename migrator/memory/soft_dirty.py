@@ -28,12 +28,12 @@ class SoftDirtyWatch:
         """See Watch."""
         result = Scan()
         for area in areas:
-            result.add(source.populated(area.start, area.end), SOFT_DIRTY, all_written=not self._cleared)
+            result.add(source.populated(area), SOFT_DIRTY, all_written=not self._cleared)
         return result
 
     def scan_shared(self, source: Pagemap, area: Mapping) -> list[Range]:
         """See Watch."""
-        found = source.populated(area.start, area.end, shared=True)
+        found = source.populated(area)
         return addresses([region for region in found if not self._cleared or region.categories & SOFT_DIRTY])
 
     def finish(self) -> None:

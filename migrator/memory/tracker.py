@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from blockdev.blocks import Piece
+from blockdev.blocks import Batch
 from blockdev.extents import Range, total
+from migrator.memory.mappings import Mapping
 from migrator.memory.processes import ProcessKey
-from migrator.memory.reading import Gone
 from migrator.memory.shared import ObjectKey
 
 Pids = Callable[[], Iterable[int]]
@@ -31,7 +31,10 @@ class Moment(Enum):
     RUNNING = "running"
     # All tasks are frozen (the freezer says FROZEN) and `drain` found nothing in flight. It may run again afterwards.
     PAUSED = "paused"
-    # As PAUSED, and what is reported has to be complete: shared memory is compared as a whole, none is released.
+    # As PAUSED, and it stands still until the end: what was written to shared memory is left to `compare`.
+    STOPPED = "stopped"
+    # As STOPPED, and what is reported has to be complete: shared memory is compared as a whole, if it was not since the
+    # container was stopped, and none is released.
     LAST = "last"
 
 
@@ -63,7 +66,8 @@ class Collected:
 
     `ended` processes and `released` objects have nothing more to be kept. An object is released when no process maps it
     or, of a memfd, has it open; one that is seen again is told as a new one. `direct_io` are processes with I/O past
-    the page tables. `notes` are sentences for a log.
+    the page tables. `unseen` is what page tables say in a STOPPED collect of shared memory: `compare` finds so much at
+    the most, but for what was written by other means. `notes` are sentences for a log.
     """
 
     processes: list[ProcessChange] = field(default_factory=list)
@@ -71,6 +75,7 @@ class Collected:
     ended: list[ProcessKey] = field(default_factory=list)
     released: list[ObjectKey] = field(default_factory=list)
     direct_io: list[ProcessKey] = field(default_factory=list)
+    unseen: list[Range] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def written_bytes(self) -> int:
@@ -101,14 +106,22 @@ class MemoryTracker(Protocol):
         What still is after `seconds`, or cannot be seen, as sentences: with any of these, a PAUSED or LAST collect can
         miss what it brings."""
 
-    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
-        """What is at addresses now, in order; zeros as pieces without data. Raises ProcessGone."""
+    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch]:
+        """What is at addresses now, in order; zeros where nothing is any more, of which the next collect tells.
 
-    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+        Raises ProcessGone."""
+
+    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Batch]:
         """The same of an object that the last collect reported."""
 
-    def compare(self) -> None:
-        """With the container frozen and after `drain`: look at all shared memory, so that a LAST collect need not.
+    def populated(self, process: ProcessKey) -> list[Range]:
+        """Addresses of all private memory that a process had in the last collect, which reported it."""
+
+    def areas(self, process: ProcessKey) -> list[Mapping]:
+        """The mappings that a process had in the last collect, which reported it."""
+
+    def compare(self) -> list[SharedChange]:
+        """After a STOPPED collect: what has changed in any way in shared memory since the last look at it.
 
         It may be called in another thread while nothing else asks the tracker."""
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from blockdev.extents import Range
+from blockdev.extents import Range, merge
 from migrator.memory.mappings import Mapping
 from migrator.memory.pagemap import WRITTEN, Pagemap, Region
 
@@ -19,7 +19,10 @@ class Scan:
     def add(self, regions: Sequence[Region], bit: int = WRITTEN, *, all_written: bool = False) -> None:
         """More of it, at higher addresses. Written is what has the bit."""
         populated, written = self.populated, self.written
+        in_order = True
         for start, end, categories in regions:
+            # What was looked at twice may have been written in between.
+            in_order = in_order and not (populated and start < populated[-1].end)
             if populated and populated[-1].end == start:
                 populated[-1] = Range(populated[-1].start, end)
             else:
@@ -29,6 +32,8 @@ class Scan:
                     written[-1] = Range(written[-1].start, end)
                 else:
                     written.append(Range(start, end))
+        if not in_order:
+            populated[:], written[:] = merge(populated), merge(written)
 
 
 class MemoryReplaced(Exception):

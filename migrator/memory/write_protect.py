@@ -12,16 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blockdev.extents import Range, merge
+from blockdev.extents import Range, merge, subtract
 from migrator.errors import MigratorError
 from migrator.memory import injection, machine, pagemap, userfault
 from migrator.memory.everything import Everything
 from migrator.memory.mappings import Mapping
 from migrator.memory.own import address_of
-from migrator.memory.pagemap import PAGE_BYTES, Pagemap, Region, Wanted, subtract
+from migrator.memory.pagemap import PAGE_BYTES, Pagemap, Region, Wanted
 from migrator.memory.userfault import agree, register
 from migrator.memory.watching import MemoryReplaced, Scan, Watch, addresses
 
+# A mapping that is worth a look of its own, which is shorter where no file is mapped.
+_LARGE_BYTES = 1 << 20
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _YAMA_FORBIDS = 3
 
@@ -34,12 +36,14 @@ class WriteProtectWatch:
         # Private mappings at the last look. One that is registered but was none of these then, was taken for the shared
         # one that it has replaced in the middle of a look.
         self._looked_at: list[Range] = []
+        # These, as the caller gave them, and their rows now that all of them are known.
+        self._areas: Sequence[Mapping] = ()
+        self._rows: list[_Row] = []
 
     def scan(self, source: Pagemap, areas: Sequence[Mapping]) -> Scan:
         """See Watch."""
-        unknown = subtract([Range(area.start, area.end) for area in areas], self._looked_at)
-        rows = list(_rows(areas, unknown))
-        found = [self._known(source, row.areas) if row.is_known else None for row in rows]
+        rows = self._rows if areas is self._areas else self._new_rows(areas)
+        found = [self._known(source, row) if row.is_known else None for row in rows]
         self._register_rows(
             [area for row, regions in zip(rows, found, strict=True) if regions is None for area in row.areas]
         )
@@ -47,11 +51,17 @@ class WriteProtectWatch:
         for row, regions in zip(rows, found, strict=True):
             if regions is None:
                 for area in row.areas:
-                    result.add(self._new(source, area, pagemap.PRIVATE), all_written=True)
+                    result.add(self._new(source, area, row.wanted), all_written=True)
             else:
                 result.add(regions)
-        self._looked_at = merge(Range(area.start, area.end) for area in areas)
         return result
+
+    def _new_rows(self, areas: Sequence[Mapping]) -> list["_Row"]:
+        unknown = subtract([Range(area.start, area.end) for area in areas], self._looked_at)
+        rows = list(_rows(areas, unknown))
+        self._rows = list(_rows(areas, [])) if unknown else rows
+        self._areas, self._looked_at = areas, merge(Range(area.start, area.end) for area in areas)
+        return rows
 
     def scan_shared(self, source: Pagemap, area: Mapping) -> list[Range]:
         """See Watch."""
@@ -67,11 +77,11 @@ class WriteProtectWatch:
         """The kernel takes the protection away."""
         os.close(self._descriptor)
 
-    def _known(self, source: Pagemap, row: Sequence[Mapping]) -> list[Region] | None:
+    def _known(self, source: Pagemap, row: "_Row") -> list[Region] | None:
         """All that is populated in a row of mappings, with what was written told; None if one is not registered. By
         then others of the row may have been protected anew: what was written in them is not known any more."""
         try:
-            return list(source.scan(row[0].start, row[-1].end, pagemap.PRIVATE, protect=True))
+            return list(source.scan(row.areas[0].start, row.areas[-1].end, row.wanted, protect=True))
         except PermissionError:
             return None
 
@@ -127,21 +137,23 @@ class _Row(NamedTuple):
 
     areas: list[Mapping]
     is_known: bool
+    wanted: Wanted
 
 
 def _rows(areas: Sequence[Mapping], unknown: list[Range]) -> Iterator[_Row]:
     row: list[Mapping] = []
     for area in areas:
         known = not _has_part_of(area, unknown)
-        if row and (not known or row[-1].end != area.start):
-            yield _Row(row, is_known=True)
+        alone = not known or (area.is_anonymous and area.end - area.start >= _LARGE_BYTES)
+        if row and (alone or row[-1].end != area.start):
+            yield _Row(row, is_known=True, wanted=pagemap.PRIVATE)
             row = []
-        if known:
-            row.append(area)
+        if alone:
+            yield _Row([area], known, pagemap.ANONYMOUS if area.is_anonymous else pagemap.PRIVATE)
         else:
-            yield _Row([area], is_known=False)
+            row.append(area)
     if row:
-        yield _Row(row, is_known=True)
+        yield _Row(row, is_known=True, wanted=pagemap.PRIVATE)
 
 
 def _has_part_of(area: Mapping, ranges: list[Range]) -> bool:

@@ -1,12 +1,12 @@
 """Shared memory's share of a migration at the source: what was written of each object since it was sent last."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from blockdev import extents
-from blockdev.blocks import Piece
+from blockdev import blocks, extents
+from blockdev.blocks import Batch, Piece
 from blockdev.extents import Range
-from migrator.memory import Collected, Gone, MemoryTracker, Moment, ObjectKey
+from migrator.memory import Collected, MemoryTracker, Moment, ObjectKey, SharedChange
 from migrator.shm import targets
 from migrator.shm.store import OFFSET_END
 from migrator.stream import Sender
@@ -33,16 +33,22 @@ class SharedCopy:
         """Take in a collect. Returns the bytes that `requests` would send now."""
         for key in found.released:
             self._forget(key)
-        for change in found.shared:
+        self.take(found.shared)
+        if moment is Moment.LAST:
+            for key in [key for key in self._names if key not in self._left_out]:
+                self._forget(key)
+        return sum(map(extents.total, self._written.values()))
+
+    def take(self, changes: Iterable[SharedChange]) -> None:
+        """Take in what has changed."""
+        for change in changes:
             key = change.key
             if key.device == self._device and key.inode < 1 << 32 and change.size_bytes <= OFFSET_END:
                 self._names[key] = str(targets.of(key, change.name))
                 self._written[key] = extents.merge([*self._written.get(key, []), *change.written])
                 self._gone[key] = extents.merge([*self._gone.get(key, []), *change.gone])
-        if moment is Moment.LAST:
-            for key in [key for key in self._names if key not in self._left_out]:
+            else:
                 self._forget(key)
-        return sum(map(extents.total, self._written.values()))
 
     def left_out(self) -> list[os.stat_result]:
         """With the container frozen: the objects that CRIU need not dump, which are those known by now."""
@@ -57,13 +63,11 @@ class SharedCopy:
         written, self._written = self._written, {}
         gone, self._gone = self._gone, {}
         for key, ranges in written.items():
-            yield from sender.batched(self._names[key], self._pieces(key, ranges, gone[key]))
+            yield from sender.batches(self._names[key], self._batches(key, ranges, gone[key]))
 
-    def _pieces(self, key: ObjectKey, written: list[Range], gone: list[Range]) -> Iterator[Piece]:
-        for part in gone:
-            yield Piece(part.start, part.length, None)
-        for piece in self._tracker.read_shared(key, written):
-            yield Piece(piece.start, piece.end - piece.start, None) if isinstance(piece, Gone) else piece
+    def _batches(self, key: ObjectKey, written: list[Range], gone: list[Range]) -> Iterator[Batch]:
+        yield from blocks.zeros(gone)
+        yield from self._tracker.read_shared(key, written)
 
     def _forget(self, key: ObjectKey) -> None:
         """Its number may be another object's soon, which must not have anything of this one."""

@@ -100,7 +100,7 @@ class Bytes(_message.Message):
     def __init__(self, memory: _Optional[int] = ..., disk: _Optional[int] = ..., wire: _Optional[int] = ...) -> None: ...
 
 class Migration(_message.Message):
-    __slots__ = ("name", "container", "source", "destination", "outcome", "downtime_ms", "total_ms", "bytes", "phases", "where_running", "error", "reason", "exit_code", "create_time", "progress", "notes", "queue_position")
+    __slots__ = ("name", "container", "source", "destination", "outcome", "downtime_ms", "total_ms", "bytes", "phases", "where_running", "error", "reason", "exit_code", "create_time", "progress", "notes", "queue_position", "queue_host")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class Migration(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_HOST_FIELD_NUMBER: _ClassVar[int]
     name: str
     container: str
     source: str
@@ -135,7 +136,8 @@ class Migration(_message.Message):
     progress: float
     notes: _containers.RepeatedScalarFieldContainer[str]
     queue_position: int
-    def __init__(self, name: _Optional[str] = ..., container: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., downtime_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., bytes: _Optional[_Union[Bytes, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., where_running: _Optional[str] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., queue_position: _Optional[int] = ...) -> None: ...
+    queue_host: str
+    def __init__(self, name: _Optional[str] = ..., container: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., downtime_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., bytes: _Optional[_Union[Bytes, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., where_running: _Optional[str] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., queue_position: _Optional[int] = ..., queue_host: _Optional[str] = ...) -> None: ...
 
 class CreateMigrationRequest(_message.Message):
     __slots__ = ("container", "destination", "check_only", "timeout_ms", "bandwidth_bytes_per_second", "verify", "max_downtime_ms", "on_no_converge", "snapshots")

@@ -77,8 +77,9 @@ class MigrationServiceServicer:
     """
 
     def CreateMigration(self, request, context):
-        """Starts one and returns at once. It waits for its turn if as many run as the host's configuration allows; with
-        check_only just preflight runs, at once. Fails with BUSY if the container is in one already.
+        """Starts one and returns at once. It waits for its turn if as many run as the host's configuration allows, or the
+        destination's; until then the container may be used in every way. With check_only just preflight runs, at once. Fails
+        with BUSY if the container is in one already, or waits for one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

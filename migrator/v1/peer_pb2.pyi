@@ -92,6 +92,22 @@ class ExamineResponse(_message.Message):
     last_epoch: int
     def __init__(self, host: _Optional[str] = ..., objections: _Optional[_Iterable[_Union[Objection, _Mapping]]] = ..., kernel: _Optional[str] = ..., criu_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., last_epoch: _Optional[int] = ...) -> None: ...
 
+class QueueRequest(_message.Message):
+    __slots__ = ("migration", "waited_ms", "leave")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    WAITED_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    waited_ms: int
+    leave: bool
+    def __init__(self, migration: _Optional[str] = ..., waited_ms: _Optional[int] = ..., leave: _Optional[bool] = ...) -> None: ...
+
+class QueueResponse(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
+
 class PrepareRequest(_message.Message):
     __slots__ = ("migration", "epoch", "container", "spec", "state", "stdio", "features", "create_time_ms", "start_time_ms", "snapshots", "memory_bytes")
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
@@ -270,16 +286,18 @@ class DecideRequest(_message.Message):
     def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
 
 class DecideResponse(_message.Message):
-    __slots__ = ("ownership", "resume_ms", "total_ms", "steps")
+    __slots__ = ("ownership", "resume_ms", "total_ms", "steps", "refusal")
     OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     RESUME_MS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ownership: Ownership
     resume_ms: float
     total_ms: float
     steps: _containers.RepeatedCompositeFieldContainer[TimedStep]
-    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ...) -> None: ...
+    refusal: str
+    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class GetDecisionRequest(_message.Message):
     __slots__ = ("migration", "epoch")

@@ -42,6 +42,11 @@ class PeerServiceStub:
                 request_serializer=migrator_dot_v1_dot_peer__pb2.ExamineRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_peer__pb2.ExamineResponse.FromString,
                 _registered_method=True)
+        self.Queue = channel.unary_unary(
+                '/migrator.v1.PeerService/Queue',
+                request_serializer=migrator_dot_v1_dot_peer__pb2.QueueRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_peer__pb2.QueueResponse.FromString,
+                _registered_method=True)
         self.Prepare = channel.unary_unary(
                 '/migrator.v1.PeerService/Prepare',
                 request_serializer=migrator_dot_v1_dot_peer__pb2.PrepareRequest.SerializeToString,
@@ -97,6 +102,14 @@ class PeerServiceServicer:
 
     def Examine(self, request, context):
         """Read-only facts for preflight, and objections to this container.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Queue(self, request, context):
+        """Stands in the line of those that wait to come to this host, or gives up the place in it; to be repeated every second or
+        so: who has not asked for 15 s has given up. Prepare fails with HOST_FULL for one that has no place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,6 +188,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.ExamineRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_peer__pb2.ExamineResponse.SerializeToString,
             ),
+            'Queue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Queue,
+                    request_deserializer=migrator_dot_v1_dot_peer__pb2.QueueRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_peer__pb2.QueueResponse.SerializeToString,
+            ),
             'Prepare': grpc.unary_unary_rpc_method_handler(
                     servicer.Prepare,
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.PrepareRequest.FromString,
@@ -251,6 +269,33 @@ class PeerService:
             '/migrator.v1.PeerService/Examine',
             migrator_dot_v1_dot_peer__pb2.ExamineRequest.SerializeToString,
             migrator_dot_v1_dot_peer__pb2.ExamineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Queue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrator.v1.PeerService/Queue',
+            migrator_dot_v1_dot_peer__pb2.QueueRequest.SerializeToString,
+            migrator_dot_v1_dot_peer__pb2.QueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,14 +17,12 @@ from benchkit.errors import BenchError
 from benchkit.hosts import lab_up
 from benchkit.results import OURS, Store
 from benchkit.rows import ROWS
-from benchkit.tasks import pretouch
 from labkit.hosts import CHECKOUT
 
 FOLDER = Path("/var/lib/migrator-bench")
 OUT = CHECKOUT / "build/bench"
 PUBLISHED = CHECKOUT / "docs"
 # Four copies of the largest container: at the source, in images at both ends, and at the destination.
-PRETOUCH_BYTES, PRETOUCH_SMALL_BYTES = 16 << 30, 4 << 30
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
@@ -71,7 +69,6 @@ def main(words: list[str]) -> int:
         names = {name for part in needed for name in part.contenders}
         movers = runner.check(bench, [mover for mover in known if mover.name in names], outcome)
         parts = plan.parts(extent, chosen.only or [], movers, chosen.runs)
-        pretouch(PRETOUCH_BYTES if any(part.task.name in plan.LARGE for part in parts) else PRETOUCH_SMALL_BYTES)
         runner.run(bench, parts, store, outcome, extent.limit_s - (time.monotonic() - began))
     rows = [row.find(outcome.results) for row in ROWS if not chosen.only or row.name in chosen.only]
     objects = [row.as_object() for row in rows]

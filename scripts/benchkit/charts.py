@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchkit.results import OURS, Results
-from benchkit.workloads import WORKLOADS
+from benchkit.workloads import GROWTH, WORKLOADS
 
 OWN_COLOUR, COLOURS = "#0b6e4f", ("#7d8597", "#d08c60", "#5c80bc", "#a05195", "#c9ada7", "#444444")
 
@@ -50,10 +50,9 @@ def pauses(results: Results, folder: Path) -> Path | None:
 
 
 def growth(results: Results, folder: Path) -> Path | None:
-    """Pause over memory, a line for each contender."""
-    tasks = ("idle-16m", "idle-256m", "idle-1g", "idle-4g")
+    """Pause over memory that is written at 50 MB/s, a line for each contender."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for task in tasks:
+    for task in GROWTH:
         for name in results.contenders(task):
             if value := results.median(task, name, "pause_ms"):
                 lines.setdefault(name, []).append((WORKLOADS[task].memory_mib / 1024, value))

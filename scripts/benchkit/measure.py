@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchkit import loads
+from benchkit import loads, machine
 from benchkit.contenders.base import Bench, Contender
 from benchkit.errors import BenchError
 from benchkit.probe import Probe
@@ -15,6 +15,9 @@ from benchkit.workloads import Workload
 
 # A client's TCP may wait twice as long as the pause before it tries again, and a second more.
 QUIET_S, AFTER_S, AFTER_BUSY_S = 1.0, 2.0, 4.0
+
+# What a move takes of memory: its images at both ends and the restored container, for those who copy it in one piece.
+TOUCHED_BYTES, TOUCHED_PARTS, TOUCHED_LIMIT_BYTES = 512 << 20, 3, 3 << 30
 
 Metrics = dict[str, float]
 
@@ -32,6 +35,7 @@ def one_run(bench: Bench, contender: Contender, workload: Workload) -> Metrics:
             loads.running(bench, workload, session.address),
         ):
             quiet, busy_before_s = _quiet()
+            machine.pretouch(min(TOUCHED_LIMIT_BYTES, TOUCHED_BYTES + TOUCHED_PARTS * workload.memory_bytes))
             busy_s, began_s = cpu_busy_s(), time.monotonic()
             moved = session.move()
             ended_s = time.monotonic()

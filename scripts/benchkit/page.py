@@ -9,10 +9,11 @@ from benchkit.results import OURS, Results, Summary
 from benchkit.rows import Found
 from benchkit.runner import Outcome
 
+CHECKOUT = f"{Path(__file__).resolve().parents[2]}/"
 METRICS = ("total_ms", "wire_per_byte", "cpu_s_per_gib", "p99_ms", "datagram_pause_ms", "quiet_gap_ms")
 ALT = {
     "pauses": "Pauses of all contenders",
-    "growth": "Pause over memory",
+    "growth": "Pause over memory that is written at 50 MB/s",
     "phases": "Phases of our pause",
 }
 
@@ -109,11 +110,17 @@ def not_run(outcome: Outcome) -> str:
 def failures(results: Results) -> str:
     found = [run for run in results.runs if run.error]
     return (
-        "\n".join(f"- {run.task}, {run.contender}, run {run.number + 1}: {run.error[:300]}" for run in found) or "None."
+        "\n".join(f"- {run.task}, {run.contender}, run {run.number + 1}: {_shown(run.error)}" for run in found)
+        or "None."
     )
 
 
 def best(results: Results) -> str:
-    names = ("memcpy", "tcp", "tmpfs", "disk", "cpu_s_per_gib")
+    names = ceilings.NAMES
     found = {name: value for name in names if (value := results.median("ceilings", "machine", name)) is not None}
     return f"Its ceilings in this run: {ceilings.as_text(found)}." if len(found) == len(names) else ""
+
+
+def _shown(error: str) -> str:
+    """Shortened, and the same wherever the checkout is."""
+    return error.replace(CHECKOUT, "")[:300]

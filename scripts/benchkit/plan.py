@@ -1,7 +1,7 @@
 """What a benchmark consists of: which tasks, in which order, how often, and what cannot be run here."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchkit.contenders.base import Contender
@@ -19,9 +19,11 @@ from benchkit.workloads import WORKLOADS
 MOVERS: list[Contender] = [Ours(), Runc(), Criu(), CriuLazy(), LazyPages(), Podman(), DiskCopy(), Qemu()]
 # Rows first, so that a benchmark that runs out of time has them.
 ROW_TASKS = list(dict.fromkeys(task for row in ROWS for task in row.tasks))
-LARGE = ("idle-4g",)
+LARGE = ("idle-4g", "write-50mbs-4g")
 # A few seconds each: more of them, where all else is run once.
-CHEAP, CHEAP_RUNS = ("idle-16m", "tracker-memory", "tracker-disk"), 3
+CHEAP, CHEAP_RUNS = ("tracker-memory", "tracker-disk"), 3
+# In a quick benchmark, when everything has been run once: ours again, as often as time allows.
+QUICK_RUNS = 3
 # A quick benchmark leaves out, for each workload of a GiB and more, whom it has measured with the small one.
 QUICK_MOVERS = {"idle-16m": tuple(mover.name for mover in MOVERS)}
 QUICK_OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", DiskCopy.name)
@@ -38,7 +40,7 @@ class Extent:
     limit_s: float
 
 
-QUICK = Extent("quick", runs=1, large_runs=1, other_runs=0, limit_s=420.0)
+QUICK = Extent("quick", runs=1, large_runs=1, other_runs=0, limit_s=440.0)
 FULL = Extent("full", runs=5, large_runs=3, other_runs=2, limit_s=3420.0)
 
 
@@ -52,7 +54,8 @@ class Part:
 
 
 def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], runs: int | None = None) -> list[Part]:
-    """In the order to run them. With names of rows in `only`, just what these need; `runs` of each if it is given."""
+    """In the order to run them. With names of rows in `only`, just what these need. With `runs`, so many of each, and
+    the workloads take turns: what goes on beside it slows all of them down."""
     chosen = [row for row in ROWS if not only or row.name in only]
     wanted = list(dict.fromkeys(task for row in chosen for task in row.tasks))
     if extent.other_runs and not only:
@@ -72,6 +75,10 @@ def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], r
         found.append(Part(task, who, runs or planned))
     if extent.other_runs and not only:
         found += [Part(Together(count), (OURS,), extent.other_runs) for count in COUNTS]
+    if runs is not None:
+        return [found[0], *(replace(part, runs=number + 1) for number in range(runs) for part in found[1:])]
+    if extent is QUICK:
+        found += [Part(part.task, (OURS,), QUICK_RUNS) for part in found if OURS in part.contenders]
     return found
 
 

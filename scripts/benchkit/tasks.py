@@ -164,17 +164,3 @@ def _pages(within_s: float = 2.0) -> int:
             except (TimeoutError, ConnectionRefusedError):
                 time.sleep(0.05)
     raise BenchError("the page writer does not answer")
-
-
-def pretouch(want_bytes: int) -> None:
-    """Write to so much memory once, as far as there is: what a hypervisor has to supply first is slow."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) << 10
-    size = min(want_bytes, free - (3 << 30))
-    if size <= 0:
-        return
-    flags = "mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE"
-    code = f"import mmap, sys; mmap.mmap(-1, int(sys.argv[1]), flags={flags})"
-    done = subprocess.run(["/usr/bin/python3", "-c", code, str(size)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchError(f"touching {size >> 20} MiB of memory: {done.stderr.strip()}")

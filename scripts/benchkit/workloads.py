@@ -33,6 +33,8 @@ class Workload:
     disk_span_mib: int = 0
     connections: int = 1
     service: Literal["workload", "redis", "postgres"] = "workload"
+    # Of Redis: more than the client that asks and writes 5,000 times in a second.
+    full_load: bool = False
     shape: str = ""
 
     @property
@@ -84,6 +86,7 @@ def _writers() -> list[Workload]:
     ]
 
 
+GROWTH = {f"write-50mbs-{size}": memory for size, memory in (("256m", 256), ("1g", GIB_MIB), ("4g", 4 * GIB_MIB))}
 ONE_GIB_WRITER = "write-100mbs-25pc"
 BUSY_WRITER = "write-500mbs-25pc"
 
@@ -93,7 +96,9 @@ _PLAIN = [
     _idle("idle-1g", GIB_MIB),
     _idle("idle-4g", 4 * GIB_MIB),
     *_writers(),
+    *(Workload(name, memory_mib=memory, rate_mbs=50) for name, memory in GROWTH.items()),
     Workload("redis-1g", memory_mib=GIB_MIB, service="redis", disk_gib=2),
+    Workload("redis-1g-full-load", memory_mib=GIB_MIB, service="redis", disk_gib=2, full_load=True),
     Workload("postgres", memory_mib=160, service="postgres", disk_gib=3),
     Workload("fsync", disk_span_mib=64, disk_rate_mbs=4),
     *(Workload(f"disk-{size}g", disk_gib=size, disk_span_mib=256, disk_rate_mbs=20) for size in (1, 10, 50)),

@@ -246,6 +246,7 @@ class Worker:
         digests = {"volume/0": chance.randbytes(16)} if chance.random() < 0.7 else {}
         choices: list[tuple[str, Message]] = [
             ("Examine", peer_pb2.ExamineRequest(container="ct", spec=messages.spec(chance), disk_bytes=1 << 30)),
+            ("Queue", peer_pb2.QueueRequest(migration=name, waited_ms=chance.randrange(10_000))),
             ("KeepSnapshots", peer_pb2.KeepSnapshotsRequest(migration=name, epoch=epoch)),
             (
                 "DigestVolume",
@@ -257,7 +258,7 @@ class Worker:
             ("GetDecision", peer_pb2.GetDecisionRequest(migration=name, epoch=epoch)),
             ("GetArrival", peer_pb2.GetArrivalRequest(migration=name, epoch=epoch)),
         ]
-        return chance.choices(choices, [2, 2, 2, 2, 2, 1, 2, 2])[0]
+        return chance.choices(choices, [2, 2, 2, 2, 2, 2, 1, 2, 2])[0]
 
     def _ask(self) -> None:
         method, request = self._question()

@@ -76,6 +76,9 @@ class FolderReservation:
     def mount(self) -> None:
         pass
 
+    def amend_images(self) -> None:
+        pass
+
     def restore(self) -> Mapping[str, float]:
         self._held = True
         return {"restore": 1.0}
@@ -83,8 +86,11 @@ class FolderReservation:
     def is_held(self) -> bool:
         return self._held
 
-    def run(self) -> Mapping[str, float]:
+    def complete(self) -> Mapping[str, float]:
         return {"resume": 1.0}
+
+    def run(self) -> Mapping[str, float]:
+        return {"thaw": 1.0}
 
     def settle(self) -> bool:
         """Gone as soon as it is here, so that the folder stays small."""

@@ -41,6 +41,8 @@ PEERS = ("host-b", "host-c")
 STRANGER = "host-x"
 LOG = "server.log"
 TEND_S = 0.5
+# More than the fuzzers have under way: those that wait are few.
+PLACES = 32
 
 
 def make_certificates(folder: Path) -> None:
@@ -79,7 +81,7 @@ def make_servers(folder: Path, resources: ExitStack) -> Servers:
     # Of what is left out here a message only reaches the records.
     keeper = SnapshotKeeper(database, cast(Any, None), volumes, config.state_dir / "snapshots")
     host = FolderHost(config, volumes, keeper, incomings)
-    arrivals = Arrivals(host, incomings)
+    arrivals = Arrivals(host, incomings, PLACES)
     leaving = Migrations(
         cast(Managers, SimpleNamespace(database=database, config=config)), Here(HOST, "6.18", (), "4.2")
     )

@@ -6,7 +6,7 @@ import subprocess
 
 from labkit.hosts import NAMESPACES, PATH, Host, LabError, wait_for
 
-AGENT = ("migrator-agent", "--config", "/etc/migrator/config.toml")
+CONFIGURATION = ("--config", "/etc/migrator/config.toml")
 ANSWER_SECONDS = 60.0
 
 
@@ -25,10 +25,12 @@ def launch(host: Host) -> None:
     # In the background of a shell setsid does not fork, so $! is the agent's own pid.
     detached = 'setsid "$@" </dev/null >>"$0" 2>&1 & echo $! >/run/lab-agent.pid'
     environment = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+    # Another version's, if a test wishes so.
+    program = os.environ.get("MIGRATOR_LAB_AGENT", "migrator-agent")
     # See migrator/faults.py: a test's wish, for agents that are started by it.
     environment |= {name: os.environ[name] for name in ("MIGRATOR_FAULTS",) if name in os.environ}
     enter = ["nsenter", f"--target={pid}", *NAMESPACES, "--wdns=/", "--"]
-    subprocess.run([*enter, "sh", "-c", detached, str(host.log), *AGENT], env=environment, check=True)
+    subprocess.run([*enter, "sh", "-c", detached, str(host.log), program, *CONFIGURATION], env=environment, check=True)
 
 
 def wait_until_it_answers(host: Host) -> None:

@@ -92,6 +92,14 @@ def make(hosts: list[Host]) -> None:
         agent.wait_until_it_answers(host)
 
 
+def boot(host: Host) -> None:
+    """Start a host that has no power, and its agent."""
+    if host.init_pid():
+        raise LabError(f"{host.name} is running already", 2)
+    start_host(host)
+    agent.start(host)
+
+
 def start_proxy() -> None:
     outside = os.open("/proc/self/ns/net", os.O_RDONLY)
     enter = ["nsenter", f"--net=/run/netns/{CLIENT}", "--"]

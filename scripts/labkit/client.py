@@ -7,7 +7,8 @@ client.py redis HOST PORT WORD...   one command to a Redis, its answer
 client.py fill HOST PORT N          N keys into a Redis
 client.py check HOST PORT N         how many of those N keys are there with the right value
 
-Times are CLOCK_MONOTONIC, which every process of the machine shares. LAB_ANSWER_S: how long an answer may take, in s.
+Times are CLOCK_MONOTONIC, which every process of the machine shares. LAB_ANSWER_S: how long an answer may take, in s;
+LAB_PACE_S: how long `count` waits between an answer and the next request.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from types import FrameType
 # What is longer than this between two answers is told.
 PAUSE_S = 0.02
 ANSWER_TIMEOUT_S = float(os.environ.get("LAB_ANSWER_S", "30"))
+PACE_S = float(os.environ.get("LAB_PACE_S", "0.0005"))
 BATCH = 1000
 
 
@@ -67,7 +69,7 @@ def count(host: str, port: int) -> dict[str, object]:
             if now - last > PAUSE_S:
                 pauses.append((last, now - last))
             last = now
-            time.sleep(0.0005)
+            time.sleep(PACE_S)
         same = connection.getsockname()[1] == own_port
     typical_s = statistics.median(gaps) if gaps else 0.0
     return {

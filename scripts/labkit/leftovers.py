@@ -21,7 +21,9 @@ Leftovers = dict[str, list[str]]
 def present(host: str) -> Leftovers:
     """Everything of a kind that containers and migrations consist of, on one host."""
     init = int((STATE / host / "init.pid").read_text())
-    return _seen(init, f"migrator-{host}", _processes(init))
+    seen = _seen(init, f"migrator-{host}", _processes(init))
+    begun_with = (STATE / host / "mounts").read_text().splitlines()
+    return seen | {"mounts": [point for point in seen["mounts"] if point not in begun_with]}
 
 
 def _seen(init: int, group: str, processes: list[str]) -> Leftovers:
@@ -55,7 +57,7 @@ def _inside(init: int, *command: str) -> str:
 
 
 def _loops(state: Path) -> list[str]:
-    """Devices on files in the host's state folder or in its pool, which is a file system of its own."""
+    """Devices on files in the host's state folder or in its pool, which is a file system of its own, but the pool's."""
     listing = subprocess.run(
         ["losetup", "--list", "--json", "--output", "NAME,BACK-INO,BACK-MAJ:MIN,BACK-FILE"],
         capture_output=True, text=True, check=True,
@@ -73,7 +75,8 @@ def _loops(state: Path) -> list[str]:
     return [
         f"{Path(loop['back-file'].removesuffix(' (deleted)')).name} at {loop['name']}"
         for loop in loops
-        if loop["back-maj:min"].strip() == pool or (loop["back-maj:min"].strip(), loop["back-ino"]) in inodes
+        if Path(loop["back-file"]).name != "pool.img"
+        and (loop["back-maj:min"].strip() == pool or (loop["back-maj:min"].strip(), loop["back-ino"]) in inodes)
     ]
 
 
@@ -82,7 +85,9 @@ def _device(number: int) -> str:
 
 
 def _mounts(init: int) -> list[str]:
-    return [line.split()[4] for line in Path(f"/proc/{init}/mountinfo").read_text().splitlines()]
+    points = [line.split()[4] for line in Path(f"/proc/{init}/mountinfo").read_text().splitlines()]
+    # As with `ip netns`, the first network namespace makes the folder of all of them a mount, which stays.
+    return [point for point in points if point != "/run/netns"]
 
 
 def _names(folder: Path) -> list[str]:
@@ -120,7 +125,9 @@ def _processes(init: int) -> list[str]:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        found.append(f"{folder.name} {command or '[no command]'} ({state})")
+        # Running or asleep changes by the moment.
+        said = {"T": " (stopped)", "t": " (traced)", "Z": " (ended)"}.get(state, "")
+        found.append(f"{folder.name} {command or '[no command]'}{said}")
     return found
 
 

@@ -21,14 +21,19 @@ SOURCE = (
     "journal.abort", "journal.hear", "journal.finish",
 )  # fmt: skip
 DESTINATION = (
-    "prepare", "piece", "send", "sync", "hold", "mount", "restore", "ready", "released", "owner", "run", "settle",
-    "journal.ready", "journal.own", "journal.refuse", "journal.finish",
+    "prepare", "piece", "send", "sync", "hold", "mount", "restoring", "restore", "ready", "released", "owner", "run",
+    "settle", "journal.ready", "journal.own", "journal.refuse", "journal.finish",
 )  # fmt: skip
 ACTIONS = (
-    "kill", "kill", "kill:criu", "kill:fill", "kill:guard", "kill:runc", "io", "full", "fail", "delay", "cut", "slow",
+    "kill", "kill", "kill:criu", "kill:fill", "kill:guard", "kill:runc", "kill:restorer", "kill:stand-in", "io",
+    "full", "fail", "delay", "cut", "slow",
 )  # fmt: skip
 # The end of a container, and not of its move: all that is left of it then is its disk.
-DEADLY = {("destination.owner", "kill:criu"), ("destination.released", "kill:criu")}
+DEADLY = {
+    (f"destination.{point}", f"kill:{program}")
+    for point in ("released", "journal.own", "owner", "run", "settle", "journal.finish")
+    for program in ("criu", "runc", "restorer", "stand-in")
+}
 
 
 @dataclass

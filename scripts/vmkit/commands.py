@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from labkit.commands import command_after
@@ -44,6 +46,22 @@ def boot(machine: Machine) -> None:
 
     power.on(machine)
     power.wait_until_it_answers(machine)
+
+
+def update() -> None:
+    from vmkit.image import packed_project
+
+    archive = packed_project()
+
+    def bring(machine: Machine) -> None:
+        script = "tar -xC /opt/migrator --no-same-owner && systemctl daemon-reload && systemctl restart migrator-agent"
+        done = subprocess.run(machine.inside("sh", "-ec", script), input=archive, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise LabError(f"{machine.name}: {done.stderr.decode(errors='replace').strip()}")
+
+    machines = lab_machines()
+    with ThreadPoolExecutor(len(machines)) as pool:
+        list(pool.map(bring, machines))
 
 
 def status(arguments: list[str]) -> None:

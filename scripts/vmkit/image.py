@@ -27,7 +27,7 @@ PACKAGES = (
     "netbase", "openssh-client", "openssh-server", "procps", "systemd-sysv", "systemd-timesyncd", "udev", "zstd",
 )  # fmt: skip
 # What scripts/setup depends on.
-SETUP = ("pyproject.toml", "requirements.lock", "scripts/setup", "scripts/setup-criu", "scripts/criu-prlimit.c")
+SETUP = ("pyproject.toml", "requirements.lock", "scripts/setup", "scripts/setup-criu", "scripts/criu-shim.c")
 AUTHORITIES = Path("/usr/local/share/ca-certificates")
 PIP_CONFIGURATION = Path("/etc/pip.conf")
 
@@ -151,24 +151,21 @@ def _within(root: Path) -> Iterator[None]:
         policy.unlink()
 
 
-def copy_project(target: Path) -> None:
-    """This checkout as it is, without what git ignores."""
-    target.mkdir(parents=True, exist_ok=True)
-    listing = [
-        "git",
-        "-c",
-        f"safe.directory={CHECKOUT}",
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
+def packed_project() -> bytes:
+    """This checkout as it is, without what git ignores, as a tar archive."""
+    git = ["git", "-c", f"safe.directory={CHECKOUT}"]
+    listing = [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=CHECKOUT, capture_output=True, check=True).stdout
     there = b"\0".join(name for name in names.split(b"\0") if name and (CHECKOUT / os.fsdecode(name)).exists())
     pack = ["tar", "--create", "--null", "--files-from=-"]
-    archive = subprocess.run(pack, cwd=CHECKOUT, input=there, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "--extract", "--no-same-owner", "--directory", str(target)], input=archive, check=True)
+    return subprocess.run(pack, cwd=CHECKOUT, input=there, capture_output=True, check=True).stdout
+
+
+def copy_project(target: Path) -> None:
+    """`packed_project`, unpacked there."""
+    target.mkdir(parents=True, exist_ok=True)
+    unpack = ["tar", "--extract", "--no-same-owner", "--directory", str(target)]
+    subprocess.run(unpack, input=packed_project(), check=True)
 
 
 def _clean_environment() -> dict[str, str]:

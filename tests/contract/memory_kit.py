@@ -10,8 +10,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from blockdev.blocks import Piece
-from migrator.memory import Collected, Gone, MemoryTracker, ObjectKey, ProcessGone, ProcessKey, mappings, processes
+from blockdev.blocks import Batch
+from migrator.memory import (
+    Collected,
+    MemoryTracker,
+    ObjectKey,
+    ProcessGone,
+    ProcessKey,
+    SharedChange,
+    mappings,
+    processes,
+)
 from migrator.memory.mappings import Mapping
 from migrator.memory.pagemap import ENTRY_FILE, ENTRY_PRESENT, ENTRY_SWAPPED, PAGE_BYTES, Pagemap, is_marker
 from migrator.memory.shared import key_of
@@ -124,11 +133,15 @@ class Replica:
             _drop(pages, change.gone)
             with contextlib.suppress(ProcessGone):  # the next collect says that it ended
                 _store(pages, self._tracker.read(change.process, change.written))
-        for shared in collected.shared:
+        self.take(collected.shared)
+        return collected
+
+    def take(self, changes: Iterable[SharedChange]) -> None:
+        """Of shared memory."""
+        for shared in changes:
             pages = self.objects[shared.key]
             _drop(pages, shared.gone)
             _store(pages, self._tracker.read_shared(shared.key, shared.written))
-        return collected
 
     def differences(self, pids: Iterable[int]) -> list[str]:
         """Between frozen processes and this."""
@@ -193,11 +206,10 @@ def _drop(pages: Pages, ranges: Iterable[tuple[int, int]]) -> None:
                 pages.pop(at, None)
 
 
-def _store(pages: Pages, parts: Iterable[Piece | Gone]) -> None:
-    for part in parts:
-        if isinstance(part, Gone):
-            _drop(pages, [part])
-            continue
-        data = None if part.data is None else memoryview(part.data)
-        for at in range(0, part.length, PAGE_BYTES):
-            pages[part.offset + at] = None if data is None else data[at : at + PAGE_BYTES]
+def _store(pages: Pages, batches: Iterable[Batch]) -> None:
+    for batch in batches:
+        data = memoryview(batch.data)
+        for start, length in zip(batch.layout[::2], batch.layout[1::2], strict=True):
+            for at in range(start, start + abs(length), PAGE_BYTES):
+                pages[at], data = (data[:PAGE_BYTES], data[PAGE_BYTES:]) if length > 0 else (None, data)
+        assert not data

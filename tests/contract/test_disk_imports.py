@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from agent import images
 from agent.disk_images import DiskSource, recognise
 from agent.images import Image
 from agent.server import Servers, Service
@@ -522,5 +523,24 @@ def test_what_a_crash_leaves_of_an_import_is_swept(bench: Disks) -> None:
     bench.open().sweep()
     assert (bench.folder / "mounts").is_dir() and bench.leftovers() == []
     assert list((bench.pool / "images/staging").iterdir()) == []
+    for device in loop.find(path):
+        device.detach()
+
+
+def test_what_cannot_be_swept_keeps_nothing_else_from_it(bench: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent starts, and the next start sweeps the rest."""
+    monkeypatch.setattr(images, "UNMOUNT_TIMEOUT_S", 0.1)
+    path, at = bench.disk("ext4 of 1 KiB"), bench.folder / "mounts"
+    for token in ("busy.1", "free.2"):
+        (at / token).mkdir()
+    filesystem.mount(loop.attach(path, block_bytes=512).path, at / "busy.1", "ext4")
+    (bench.pool / "images/staging/0123").mkdir()
+    with (at / "busy.1/used").open("w"):
+        bench.open().sweep()
+        assert [entry.name for entry in at.iterdir()] == ["busy.1"]
+        assert (at / "busy.1/used").exists()
+        assert list((bench.pool / "images/staging").iterdir()) == []
+    bench.open().sweep()
+    assert bench.leftovers() == []
     for device in loop.find(path):
         device.detach()

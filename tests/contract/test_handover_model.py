@@ -29,6 +29,7 @@ from agent.journal import Incomings, Outgoings
 from blockdev.errors import BlockError
 from migrator import answers, destination, recovery
 from migrator.arrivals import Arrivals
+from migrator.destination import GIVE_UP_ASKS
 from migrator.errors import AlreadyExists, ExecutionError, MigratorError, NotFound, Unreachable
 from migrator.handover import HandoverError, Incoming, Keep, Stage
 from migrator.network import Neighbour
@@ -479,6 +480,7 @@ class Handovers(RuleBasedStateMachine):
             return
         for arrival in list(host.arrivals._arrivals.values()):
             arrival.heard_at -= 100 if long else 0
+            arrival.unanswered = GIVE_UP_ASKS if long else 0
         host.arrivals.tend(lambda record: self._ask(host, record))
 
     def _ask(self, asker: Host, record: Incoming) -> "peer_pb2.Decision":

@@ -6,19 +6,25 @@ finished. The same for either agent dying at every call, and for a link that is 
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+import blockdev.pool
+from blockdev import kernel
+from blockdev.blocks import Piece
 from migrator import answers, rounds
 from migrator.errors import ExecutionError, Unreachable
-from migrator.handover import Decision
+from migrator.handover import Decision, Stage
+from migrator.numbered import Outbound
 from migrator.options import Options
 from migrator.progress import Progress
-from migrator.source import Departure
-from migrator.v1 import container_pb2, migration_pb2
+from migrator.source import FEATURES, Departure
+from migrator.stream import Digests, Meter, Sender
+from migrator.v1 import container_pb2, migration_pb2, peer_pb2
 from tests.fakes.ends import (
     LIVE,
     Died,
@@ -28,6 +34,7 @@ from tests.fakes.ends import (
 )
 from tests.fakes.pair import FAILURES, HERE, Pair, die, make_pair, names
 
+MS_BIND, MNT_DETACH = 4096, 2
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 
 
@@ -93,6 +100,64 @@ def test_verify_finds_what_was_not_sent(
         migration = progress.snapshot()
         assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_ROLLED_BACK, "a")
         assert migration.reason == "VERIFY"
+
+
+def test_a_connection_that_was_given_up_is_not_waited_for(pair: Pair) -> None:
+    """The destination may learn of its end seconds after the source, which has sent the rest by another one."""
+    request = peer_pb2.PrepareRequest(
+        migration="m-1", epoch=5, container="ct", spec=pair.container.spec, state=STOPPED, features=FEATURES
+    )
+    arrivals, digests = pair.arrivals(), Digests()
+    arrivals.prepare("a", request)
+    arrival = arrivals.get("a", "m-1", 5)
+    pieces = [Piece(number * 4096, 4096, bytes([number]) * 4096) for number in (1, 2)]
+    stream = Outbound(1, Sender("m-1", 5, digests, Meter()).requests("volume/0", pieces))
+    was_given_up, ended = threading.Event(), threading.Event()
+
+    def silent() -> Iterator[peer_pb2.SendRequest]:
+        was_given_up.set()
+        ended.wait(60)
+        yield from ()
+
+    first = next(stream.attempt())
+    old = threading.Thread(target=lambda: list(arrival.send(silent(), first)))
+    old.start()
+    try:
+        was_given_up.wait(10)
+        again = stream.attempt()
+        for answer in arrival.send(again, next(again)):
+            stream.answered(answer)
+        stream.check_complete()
+        arrival.restore(digests.all())
+        assert arrival.record.stage is Stage.READY
+    finally:
+        ended.set()
+        old.join()
+    arrival.decide(peer_pb2.DECISION_ABORTED)
+
+
+@pytest.mark.root
+def test_what_is_left_under_a_pool_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that cannot grow any more has I/O errors for all that are on it, however much room it shows."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    small, large = tmp_path / "small", tmp_path / "large"
+    for folder in (small, large):
+        folder.mkdir()
+    with ExitStack() as stack:
+        kernel.mount("tmpfs", small, "tmpfs", 0, "size=64m")
+        stack.callback(kernel.umount, small, MNT_DETACH)
+        (small / blockdev.pool.FOLDER).mkdir()
+        kernel.mount(large, small / blockdev.pool.FOLDER, "none", MS_BIND)
+        # What was broken off may be closed later.
+        stack.callback(kernel.umount, small / blockdev.pool.FOLDER, MNT_DETACH)
+        (small / blockdev.pool.FILE).write_bytes(bytes(63 << 20))
+        pair = stack.enter_context(make_pair(small / blockdev.pool.FOLDER / "pair", monkeypatch))
+        name, progress = pair.migrate()
+        pair.carry_on(name, progress)
+        pair.tend()
+        assert not pair.expect_settled()
+        assert progress.snapshot().reason == "NO_SPACE"
 
 
 @pytest.mark.parametrize(("bursts", "retreats"), [(1, 1), (rounds.RETREATS + 2, rounds.RETREATS)])

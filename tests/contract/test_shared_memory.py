@@ -23,9 +23,8 @@ from migrator.errors import PeerError
 from migrator.images import entries, last_errors
 from migrator.memory import Moment
 from migrator.shm import images as shared_images
-from migrator.shm import targets
+from migrator.shm import left_out, targets
 from migrator.shm.copy import SharedCopy
-from migrator.shm.preload import LeaveOut
 from migrator.shm.store import SharedStore
 from migrator.stream import Digests, Meter, Receiver, Sender
 
@@ -102,19 +101,18 @@ def test_it_is_restored_from_what_was_sent(pool: Pool, tmp_path: Path) -> None:
     images.mkdir()
     before = pool.ask()
     assert before["wrong"] == []
-    store, leave_out = SharedStore(), LeaveOut()
-    with closing(store), closing(leave_out), closing(memory.make(pool.pids, memory.choose()[0])) as tracker:
+    store = SharedStore()
+    with closing(store), closing(memory.make(pool.pids, memory.choose()[0])) as tracker:
         copy = SharedCopy(tracker)
         for _ in range(3):
             copy.add(tracker.collect(), Moment.RUNNING)
             transfer(copy, store)
         pool.freeze()
-        leave_out.tell(copy.left_out())
+        left_out.write(tmp_path / "left-out", copy.left_out())
         dump = [find_program("criu"), "dump", "-t", str(pool.pid), "-D", str(images), "-o", "dump.log"]
         dumped = subprocess.run(
             [*dump, "--leave-stopped", "--shell-job"],
-            env={"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", **leave_out.environment},
-            pass_fds=[leave_out.descriptor],
+            env={"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", left_out.FILE: str(tmp_path / "left-out")},
             check=False,
         )
         assert dumped.returncode == 0, last_errors(images / "dump.log")
@@ -186,7 +184,7 @@ def test_holes_stay_holes_and_numbers_are_used_again() -> None:
         assert store.system_v(5) is None
 
 
-def test_crius_question_is_answered(tmp_path: Path) -> None:
+def test_crius_question_is_answered(tmp_path: Path, shim: Path) -> None:
     """Only of those that are in the table, as they are in it, and from then on."""
     descriptors = [os.memfd_create(name) for name in ("left out", "not", "changed since")]
     for descriptor in descriptors:
@@ -199,24 +197,22 @@ def test_crius_question_is_answered(tmp_path: Path) -> None:
         "for line in sys.stdin:\n"
         "    print(*map(seek, map(int, sys.argv[1:])), *(os.lseek(int(n), 5, 0) for n in sys.argv[1:]), flush=True)\n"
     )
-    with (
-        closing(LeaveOut()) as leave_out,
-        subprocess.Popen(
-            [sys.executable, "-c", ask, *map(str, descriptors)],
-            env={**os.environ, **leave_out.environment},
-            pass_fds=[*descriptors, leave_out.descriptor],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as asking,
-    ):
+    table = tmp_path / "left-out"
+    with subprocess.Popen(
+        [sys.executable, "-c", ask, *map(str, descriptors)],
+        env={**os.environ, "LD_PRELOAD": str(shim), left_out.FILE: str(table)},
+        pass_fds=descriptors,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as asking:
         assert asking.stdin is not None and asking.stdout is not None
         print("", file=asking.stdin, flush=True)
         assert asking.stdout.readline().split() == ["8192", "8192", "8192", "5", "5", "5"]
         stats = [os.fstat(descriptor) for descriptor in descriptors]
         eventually("time goes on", lambda: time.time_ns() - stats[2].st_ctime_ns > 10**8)
         os.pwrite(descriptors[2], b"x", 8192)
-        leave_out.tell([stats[0], stats[2]])
+        left_out.write(table, [stats[0], stats[2]])
         print("", file=asking.stdin, flush=True)
         assert asking.stdout.readline().split() == ["-6", "8192", "8192", "5", "5", "5"]
     for descriptor in descriptors:

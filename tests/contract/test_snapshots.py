@@ -24,7 +24,7 @@ from agent.container_records import Records, State
 from agent.database import Database
 from agent.runtime import Runtime
 from agent.snapshots import SnapshotKeeper
-from blockdev import filesystem, loop, pool, reflink, thaw_guard, tracker
+from blockdev import filesystem, live_clone, loop, pool, reflink, thaw_guard, tracker
 from blockdev.errors import BlockError
 from blockdev.extents import Range
 from blockdev.snapshot import SnapshotStore
@@ -149,6 +149,29 @@ def test_a_missed_event_costs_time_and_nothing_else(host: Host) -> None:
     host.snapshots.take(ID, [(volume.path, mounted)], Loud)
     taken = host.mount(Volume(host.snapshots.images(ID)[0], "ext4"), "taken")
     assert (taken.at / "file").read_bytes() == (mounted.at / "file").read_bytes()
+
+
+def test_what_a_disk_could_hold_costs_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tracker all of it is cloned once more in the freeze: its data, and not every part of its holes."""
+    calls = [0]
+    clone_range = reflink.clone_range
+
+    def counted(source: int, target: int, part: Range) -> None:
+        calls[0] += 1
+        clone_range(source, target, part)
+
+    monkeypatch.setattr(reflink, "clone_range", counted)
+    volume = host.volumes.create("large", 64 << 30, "ext4")
+    mounted = host.mount(volume, "live")
+    (mounted.at / "kept").write_bytes(os.urandom(MIB))
+    (mounted.at / "gone").write_bytes(os.urandom(MIB))
+    filesystem.sync(mounted.at)
+    (mounted.at / "gone").unlink()
+    host.snapshots.take(ID, [(volume.path, mounted)], None)
+    assert calls[0] < 64 * volume.allocated_bytes // live_clone.STEP_BYTES
+    taken = host.mount(Volume(host.snapshots.images(ID)[0], "ext4"), "taken")
+    assert (taken.at / "kept").read_bytes() == (mounted.at / "kept").read_bytes()
+    assert not (taken.at / "gone").exists()
 
 
 def test_what_fails_leaves_nothing(host: Host) -> None:

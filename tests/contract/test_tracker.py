@@ -1,8 +1,10 @@
 """What every WriteTracker must do, shown with real I/O: a replica that only gets what was collected becomes equal."""
 
+import errno
 import fcntl
 import mmap
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -11,15 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from blockdev import blocks, extents, filesystem, loop, tracker
 from blockdev.block_device import BLOCK_BYTES, Statistics
-from blockdev.bpf_tracker import COMPLETE, ISSUE, BpfTracker
+from blockdev.bpf_program import COMPLETE, ISSUE
+from blockdev.bpf_tracker import BpfTracker
 from blockdev.errors import BlockError
 from blockdev.extents import Range
+from blockdev.marks import MAX_PAGES
 from soakkit import soak
 from soakkit.disk import TRACKERS, Disk, open_disk
 from soakkit.writers import BLKDISCARD, BLKZEROOUT, MIB, writing
@@ -31,15 +36,6 @@ SEED = 20
 PAGE = 4096
 
 Disks = Callable[..., Disk]
-
-
-@pytest.fixture(params=list(TRACKERS))
-def kind_of_tracker(request: pytest.FixtureRequest) -> str:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    if request.param == "ebpf" and (reason := tracker.probe()):
-        pytest.skip(f"this kernel cannot track by eBPF: {reason}")
-    return str(request.param)
 
 
 @pytest.fixture
@@ -65,6 +61,21 @@ def _write(disk: Disk, at: int, length: int = PAGE, fill: bytes = b"x") -> None:
 
 def _request(disk: Disk, request: int, at: int, length: int) -> None:
     fcntl.ioctl(disk.source, request, struct.pack("=2Q", at, length))
+
+
+def _blocks(start: int, end: int) -> Range:
+    return Range(start // BLOCK_BYTES * BLOCK_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES)
+
+
+def _tell(found: list[Range], *written: Range) -> bool:
+    """Whether what was found is what was written, or up to whole blocks of it."""
+    blocks_of = extents.merge(_blocks(part.start, part.end) for part in written)
+    outer, inner = extents.total(blocks_of), extents.total(found)
+    return (
+        extents.total(extents.merge([*found, *written])) == inner
+        and extents.total(extents.merge([*found, *blocks_of])) == outer
+        and extents.merge(found) == found
+    )
 
 
 def _everything(disk: Disk) -> list[Range]:
@@ -214,7 +225,7 @@ def test_without_a_start_the_first_collect_reports_everything(disks: Disks) -> N
     _write(disk, MIB)
     assert disk.round() == _everything(disk)
     _write(disk, 2 * MIB)
-    assert disk.round() == [Range(2 * MIB, 2 * MIB + BLOCK_BYTES)]
+    assert _tell(disk.round(), Range(2 * MIB, 2 * MIB + PAGE))
     assert disk.equal()
 
 
@@ -280,6 +291,22 @@ def test_what_has_no_requests_is_refused(kind_of_tracker: str, tmp_path: Path) -
     assert _descriptors() == before
 
 
+def test_a_device_that_ebpf_fails_on_is_compared(
+    tmp_path: Path, device: loop.LoopDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: BpfTracker) -> None:
+        raise OSError(errno.ENOMEM, "no memory for the marks")
+
+    monkeypatch.setattr(BpfTracker, "start", fail)
+    before = _descriptors()
+    made, why = tracker.start(device.path, tmp_path / "image")
+    assert made.reads_all
+    assert why == "[Errno 12] no memory for the marks"
+    assert extents.total(made.collect()) == MIB
+    made.close()
+    assert _descriptors() == before
+
+
 # -- one tracker's own -----------------------------------------------------------------------------------------------
 
 
@@ -318,7 +345,9 @@ def test_long_requests_are_reported_exactly(
     disk = ebpf_disk(1 << 40)
     _request(disk, request_number, start, length)
     end = start + length
-    assert disk.tracker.collect() == [Range(start // BLOCK_BYTES * BLOCK_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES)]
+    found = disk.tracker.collect()
+    assert _tell(found, Range(start, end))
+    assert len(found) == 1
     assert disk.tracker.collect() == []
 
 
@@ -326,13 +355,45 @@ def test_a_device_of_16_tib(ebpf_disk: Callable[[int], Disk]) -> None:
     # ext4 has no larger file.
     size = (16 << 40) - BLOCK_BYTES
     disk = ebpf_disk(size)
-    for at in (0, 5 << 40, size - PAGE):
-        _write(disk, at)
-    assert disk.tracker.collect() == [
-        Range(0, BLOCK_BYTES),
-        Range(5 << 40, (5 << 40) + BLOCK_BYTES),
-        Range(size - BLOCK_BYTES, size),
-    ]
+    # By 64 KiB where nothing is known to be written, then by 4 KiB.
+    for width in (BLOCK_BYTES, PAGE):
+        for at in (0, 5 << 40, size - PAGE):
+            _write(disk, at)
+        assert disk.tracker.collect() == [
+            Range(0, width),
+            Range(5 << 40, (5 << 40) + width),
+            Range(size - width, size),
+        ]
+        assert disk.tracker.collect() == []
+
+
+def test_more_regions_are_written_than_can_be_told_apart_by_4_kib(ebpf_disk: Callable[[int], Disk]) -> None:
+    disk = ebpf_disk(1 << 40)
+    regions = range(0, (1 << 40) // REGION_BYTES, 12)
+    assert len(regions) > MAX_PAGES
+    for _ in range(2):
+        for region in regions:
+            _write(disk, region * REGION_BYTES + PAGE)
+        found = disk.tracker.collect()
+        assert _tell(
+            found, *(Range(region * REGION_BYTES + PAGE, region * REGION_BYTES + 2 * PAGE) for region in regions)
+        )
+    assert sum(part.length == PAGE for part in found) == MAX_PAGES
+    assert disk.tracker.collect() == []
+
+
+@pytest.mark.parametrize("size", [200 * MIB, 1 << 40])
+def test_requests_of_all_lengths_at_all_places(ebpf_disk: Callable[[int], Disk], size: int) -> None:
+    disk, chance = ebpf_disk(size), random.Random(SEED)
+    for _ in range(200):
+        written = []
+        for _ in range(chance.choice((1, 5))):
+            start = chance.choice((0, REGION_BYTES, 2 * REGION_BYTES)) + chance.randrange(-40, 40) * PAGE
+            start = max(0, start)
+            length = chance.choice((1, 2, 15, 16, 17, 255, 256, 257, 300)) * PAGE
+            _request(disk, BLKZEROOUT, start, length)
+            written.append(Range(start, start + length))
+        assert _tell(disk.tracker.collect(), *written)
     assert disk.tracker.collect() == []
 
 
@@ -365,7 +426,7 @@ def test_a_completion_that_the_kernel_kept_from_the_program_is_reported(ebpf_dis
     _write(disk, MIB)
     found = disk.tracker.collect()
     # Also what was reported the last time, which may have been under way then.
-    assert found == [Range(MIB, MIB + BLOCK_BYTES), Range(64 * MIB, 64 * MIB + BLOCK_BYTES)]
+    assert found == [Range(MIB, MIB + PAGE), Range(64 * MIB, 64 * MIB + PAGE)]
     assert disk.tracker.collect() == []
 
 
@@ -379,10 +440,40 @@ def test_a_request_that_the_kernel_kept_from_both_programs_means_everything(
     assert disk.tracker.collect() == []
 
 
-@pytest.mark.parametrize("collects", [1, 3])
-def test_what_was_under_way_at_a_collect_and_ended_unseen_is_reported(tmp_path: Path, collects: int) -> None:
-    if os.geteuid() != 0 or tracker.probe() is not None:
-        pytest.skip("needs root and eBPF")
+@dataclass(frozen=True)
+class HeldUp:
+    """A disk on a file system that can be frozen: writes are under way for as long as the test likes."""
+
+    disk: Disk
+    at: Path
+    stack: ExitStack
+
+    def begin(self) -> threading.Thread:
+        """A page at 1 MiB is under way on return."""
+        filesystem.freeze(self.at)
+        self.stack.callback(filesystem.thaw, self.at)
+        writer = threading.Thread(target=_write, args=(self.disk, MIB))
+        writer.start()
+        self.stack.callback(writer.join)
+        self.stack.callback(filesystem.thaw, self.at)
+        with closing(Statistics(self.disk.device.path.stat().st_rdev)) as statistics:
+            eventually = time.monotonic() + 30
+            while statistics.read()[1] == 0:
+                assert time.monotonic() < eventually, "the write was not begun"
+                time.sleep(0.005)
+        return writer
+
+    def end(self, writer: threading.Thread) -> None:
+        filesystem.thaw(self.at)
+        writer.join()
+
+
+@pytest.fixture
+def held_up(tmp_path: Path) -> Iterator[HeldUp]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    if reason := tracker.probe():
+        pytest.skip(f"this kernel cannot track by eBPF: {reason}")
     with ExitStack() as stack:
         below, at = tmp_path / "below", tmp_path / "at"
         at.mkdir()
@@ -393,26 +484,31 @@ def test_what_was_under_way_at_a_collect_and_ended_unseen_is_reported(tmp_path: 
         stack.callback(lower.detach)
         filesystem.mount(lower.path, at, "ext4")
         stack.callback(filesystem.unmount, at)
-        disk = stack.enter_context(open_disk(at, "disk", 64 * MIB, "ebpf"))
-        disk.first()
-        disk.tracker.collect()
-        # The file system below holds the write up for as long as the test likes.
-        filesystem.freeze(at)
-        stack.callback(filesystem.thaw, at)
-        writer = threading.Thread(target=_write, args=(disk, MIB))
-        writer.start()
-        stack.callback(writer.join)
-        stack.callback(filesystem.thaw, at)
-        with closing(Statistics(disk.device.path.stat().st_rdev)) as statistics:
-            eventually = time.monotonic() + 30
-            while statistics.read()[1] == 0:
-                assert time.monotonic() < eventually, "the write was not begun"
-                time.sleep(0.005)
-        assert disk.tracker.collect() == [Range(MIB, MIB + BLOCK_BYTES)]
-        for _ in range(collects - 1):
-            assert disk.tracker.collect() == []
-        _leave_out(disk, COMPLETE)
-        filesystem.thaw(at)
-        writer.join()
-        assert disk.tracker.collect() == [Range(MIB, MIB + BLOCK_BYTES)]
+        yield HeldUp(stack.enter_context(open_disk(at, "disk", 64 * MIB, "ebpf")), at, stack)
+
+
+@pytest.mark.parametrize("collects", [1, 3])
+def test_what_was_under_way_at_a_collect_and_ended_unseen_is_reported(held_up: HeldUp, collects: int) -> None:
+    disk = held_up.disk
+    disk.first()
+    disk.tracker.collect()
+    writer = held_up.begin()
+    assert disk.tracker.collect() == [Range(MIB, MIB + PAGE)]
+    for _ in range(collects - 1):
         assert disk.tracker.collect() == []
+    _leave_out(disk, COMPLETE)
+    held_up.end(writer)
+    assert disk.tracker.collect() == [Range(MIB, MIB + PAGE)]
+    assert disk.tracker.collect() == []
+
+
+def test_what_was_under_way_at_the_start_and_ended_unseen_means_everything(held_up: HeldUp) -> None:
+    disk = held_up.disk
+    writer = held_up.begin()
+    disk.first()
+    assert disk.tracker.collect() == []
+    _leave_out(disk, COMPLETE)
+    held_up.end(writer)
+    assert disk.round() == _everything(disk)
+    assert disk.equal()
+    assert disk.tracker.collect() == []

@@ -1,6 +1,9 @@
 """Volumes with every kind of file system: made, cloned, grown, mounted, adopted, deleted; and the pool under them."""
 
+import ctypes
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +13,13 @@ import pytest
 from blockdev import filesystem, kernel, loop, pool, reflink
 from blockdev.errors import BlockError
 from blockdev.volume import MOUNT, SUFFIX, UNFINISHED, MountedVolume, Volume, VolumeStore
+from tests.failing import shut_down
 
 pytestmark = pytest.mark.root
 
 MIB = 1 << 20
+# Of inotify(7).
+IN_CLOSE_WRITE = 0x8
 SIZE = 320 * MIB
 GROWN = 448 * MIB
 KINDS = filesystem.KINDS
@@ -267,3 +273,80 @@ def test_what_a_crash_left_attached_is_released_and_what_is_mounted_is_not(store
     assert not Path(f"/sys/block/loop{left.number}/loop").exists()
     assert os.path.ismount(mounted.at)
     assert store.release() == []
+
+
+def test_one_that_cannot_be_released_keeps_no_other_from_it(
+    store: VolumeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "RELEASE_TIMEOUT_S", 0.2)
+    left = [loop.attach(store.create(name, SIZE, "ext4").path) for name in ("one", "two", "three")]
+    user = os.open(left[1].path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockError, match="still in use"):
+            store.release()
+        assert [bool(loop.find(store.open(name).path)) for name in ("one", "two", "three")] == [False, True, False]
+    finally:
+        os.close(user)
+
+
+def test_a_volume_that_is_mounted_in_another_namespace_is_not_let_go(
+    store: VolumeStore, mounts: Mounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "RELEASE_TIMEOUT_S", 0.2)
+    mounted = mounts(store.create("ct101", SIZE, "ext4"), "at")
+    entered = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo entered; exec sleep 60"],
+        stdout=subprocess.PIPE,
+    )
+    with entered:
+        try:
+            assert entered.stdout is not None and entered.stdout.readline() == b"entered\n"
+            with pytest.raises(BlockError, match="still in use"):
+                mounted.unmount()
+            assert not os.path.ismount(mounted.at)
+            for _ in range(2):
+                with pytest.raises(BlockError, match=f"still mounted, by {mounted.device.path}"):
+                    store.let_go("ct101")
+        finally:
+            entered.kill()
+    deadline = time.monotonic() + 10
+    while loop.find(store.open("ct101").path):
+        assert time.monotonic() < deadline, "it is still attached"
+        time.sleep(0.01)
+    store.let_go("ct101")
+    loop.attach(store.open("ct101").path)
+    store.let_go("ct101")
+    assert loop.find(store.open("ct101").path) == []
+    store.let_go("nothing")
+
+
+def test_looking_for_a_device_wakes_nobody(store: VolumeStore, mounts: Mounts) -> None:
+    """udev looks into a device, and keeps it in use meanwhile, when somebody closes it who could have written to it."""
+    mounted = mounts(store.create("ct101", SIZE, "ext4"), "at")
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        assert libc.inotify_add_watch(watch, os.fsencode(mounted.device.path), IN_CLOSE_WRITE) > 0
+        assert store.find_mounted("ct101", mounted.at) == mounted
+        assert store.release() == []
+        mounted.device.refresh_size()
+        with pytest.raises(BlockingIOError):
+            os.read(watch, 4096)
+    finally:
+        os.close(watch)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_file_system_that_has_shut_down_is_found_and_unmounted(store: VolumeStore, mounts: Mounts, kind: str) -> None:
+    """As after an I/O error of the disk. An XFS does not let anybody open or stat its root then."""
+    mounted = mounts(store.create("ct101", SIZE, kind), "at")
+    (mounted.at / "file").write_text("text")
+    filesystem.sync(mounted.at)
+    shut_down(mounted.at)
+    assert filesystem.is_mounted(mounted.at)
+    assert store.find_mounted("ct101", mounted.at) == mounted
+    mounted.unmount()
+    assert not filesystem.is_mounted(mounted.at)
+    assert loop.find(store.open("ct101").path) == []
+    again = mounts(store.open("ct101", kind), "at")
+    assert (again.at / "file").read_text() == "text"

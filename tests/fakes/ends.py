@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.journal import Incomings, Outgoings
-from blockdev.blocks import Piece
+from blockdev import blocks
+from blockdev.blocks import Batch, Piece
 from blockdev.extents import Range
 from migrator.arrivals import Arrivals
 from migrator.errors import ExecutionError, Unreachable
 from migrator.files import write_file
 from migrator.handover import Incoming, Keep, Outgoing, Stage
-from migrator.memory import Collected, Gone, Moment, ObjectKey, ProcessChange, ProcessKey, SharedChange
+from migrator.memory import Collected, Moment, ObjectKey, ProcessChange, ProcessKey, SharedChange, mappings
 from migrator.network import Neighbour
 from migrator.numbered import Outbound
 from migrator.ports import LeavingVolume
@@ -100,10 +101,12 @@ class World:
 class FakeTracker:
     """Reports one range once."""
 
+    reads_all = False
+
     def __init__(self) -> None:
         self._left = [[Range(0, 65536)], [Range(65536, 131072)]]
 
-    def collect(self) -> list[Range]:
+    def collect(self, check: Callable[[], None] = lambda: None) -> list[Range]:
         return self._left.pop() if self._left else []
 
     def observe(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -143,7 +146,7 @@ class FakeMemory:
         pass
 
     def collect(self, moment: Moment = Moment.RUNNING) -> Collected:
-        if moment is Moment.PAUSED and self._bursts:
+        if moment is Moment.STOPPED and self._bursts:
             self._bursts -= 1
             return Collected([ProcessChange(self.process, [self.burst], [], True)], [self.shared])
         return Collected([self._looks.pop()] if self._looks else [], [self.shared])
@@ -151,20 +154,28 @@ class FakeMemory:
     def drain(self, seconds: float = 1.0) -> list[str]:
         return []
 
-    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+    def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch]:
         for part in ranges:
-            if part == self.burst:
-                yield Piece(part.start, part.length, None)
-                continue
             is_gone = part == self.pages[1] and not self._looks
-            yield Gone(part.start, part.end) if is_gone else Piece(part.start, part.length, b"m" * part.length)
+            if part == self.burst or is_gone:
+                yield from blocks.zeros([part])
+            else:
+                yield Batch([part.start, part.length], b"m" * part.length)
 
-    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Piece | Gone]:
+    def read_shared(self, key: ObjectKey, ranges: Iterable[Range]) -> Iterator[Batch]:
         assert key == self.shared.key
-        yield Piece(0, 4096, b"s" * 4096)
+        yield Batch([0, 4096], b"s" * 4096)
 
-    def compare(self) -> None:
-        pass
+    def populated(self, process: ProcessKey) -> list[Range]:
+        assert process == self.process
+        return [*self.pages]
+
+    def areas(self, process: ProcessKey) -> list[mappings.Mapping]:
+        assert process == self.process
+        return []
+
+    def compare(self) -> list[SharedChange]:
+        return []
 
     def status(self, key: ObjectKey) -> os.stat_result:
         assert key == self.shared.key
@@ -436,24 +447,38 @@ class FakeReservation:
         with self._call("destination.mount"):
             self.left.add("mount")
 
+    def amend_images(self) -> None:
+        with self._call("destination.amend"):
+            self.left.add("amended")
+
     def restore(self) -> Mapping[str, float]:
         with self._call("destination.restore"):
-            assert "mount" in self.left
+            assert self.left >= {"mount", "amended"}
             self.left.add("held")
         return {"restore": 1.0}
 
     def is_held(self) -> bool:
         return "held" in self.left
 
+    def complete(self) -> Mapping[str, float]:
+        with self._call("destination.complete"):
+            if not self.left & {"held", "complete"}:
+                raise ExecutionError("there is no restored copy")
+            self.left.discard("held")
+            self.left.add("complete")
+        return {"resume": 1.0}
+
     def run(self) -> Mapping[str, float]:
         with self._call("destination.run"):
             if self.lost:
                 return {}
-            assert not self._live or self.is_held() or self._world.destination_runs
-            self.left.discard("held")
+            if "held" in self.left:
+                self.complete()
+            assert not self._live or "complete" in self.left or self._world.destination_runs
+            self.left.discard("complete")
             self._world.destination_runs = self._live
             self._world.check()
-        return {"resume": 1.0}
+        return {"thaw": 1.0}
 
     def settle(self) -> bool:
         with self._call("destination.settle"):
@@ -469,7 +494,7 @@ class FakeReservation:
 
     def reboot(self) -> None:
         """Processes and mounts are gone; files are there."""
-        self.left -= {"held", "runc", "tap", "mount"}
+        self.left -= {"held", "complete", "runc", "tap", "mount"}
         self.shared.close()
         self.lost = True
 
@@ -550,6 +575,11 @@ class LoopbackPeer:
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         with self._wire("examine"):
             return self._arrival_host.examine(request)
+
+    def queue(self, migration: str, waited_s: float, *, leave: bool = False) -> int:
+        with self._wire("queue"):
+            request = peer_pb2.QueueRequest(migration=migration, waited_ms=int(waited_s * 1000), leave=leave)
+            return self.arrivals.queue(self._source, request)
 
     def prepare(self, request: peer_pb2.PrepareRequest) -> peer_pb2.PrepareResponse:
         with self._wire("prepare"):

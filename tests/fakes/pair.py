@@ -13,6 +13,7 @@ from agent.journal import Incomings, Outgoings
 from blockdev.errors import BlockError
 from migrator import answers, destination, recovery
 from migrator.arrivals import Arrivals
+from migrator.destination import GIVE_UP_ASKS
 from migrator.errors import MigratorError, NotFound, Unreachable
 from migrator.handover import Incoming
 from migrator.options import Options
@@ -89,6 +90,7 @@ class Pair:
         """A long time passes at the destination."""
         for arrival in list(self.peer.arrivals._arrivals.values()):
             arrival.heard_at -= 100
+            arrival.unanswered = GIVE_UP_ASKS
         self.peer.arrivals.tend(self.ask)
 
     def ask(self, record: Incoming) -> "peer_pb2.Decision":

@@ -1,6 +1,7 @@
 """A container under a client that counts, between two agents that fail where a test asks for it (`migrator.faults`)."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,12 @@ class Crashes:
     def counter(self) -> int:
         return int(self.lab.client_ok("redis-cli", "-h", ADDRESS, "get", "counter") or 0)
 
+    def boot_all(self) -> None:
+        """Every host that has no power has it again."""
+        for row in self.lab.status():
+            if not row["pid"]:
+                self.lab.lab("boot", row["name"])
+
     def agent_runs(self, host: str) -> bool:
         return next(row for row in self.lab.status() if row["name"] == host)["agent"] == "running"
 
@@ -110,6 +117,30 @@ class Crashes:
         assert not self.lab.clean(other, 20)
         found = self.lab.leftovers(where)
         processes = [line for line in found["processes"] if "redis" not in line and "conmon" not in line]
-        assert not processes, "processes are left where it runs"
+        assert not processes, f"processes are left where it runs: {processes}"
         assert not [file for file in found["files"] if "migrations" in file], found
         return where
+
+
+@contextmanager
+def faults_allowed(lab: Lab) -> Iterator[Crashes]:
+    """Both agents are started anew so that they do what is asked of them, and without that at the end; then every host
+    has power, no container is left, and nothing of one."""
+    os.environ["MIGRATOR_FAULTS"] = FAULTS
+    made = Crashes(lab)
+    try:
+        for host in HOSTS:
+            lab.lab("kill", host)
+            lab.lab("start", host)
+        yield made
+    finally:
+        del os.environ["MIGRATOR_FAULTS"]
+        made.boot_all()
+        made.forget()
+        for host in HOSTS:
+            if made.agent_runs(host):
+                lab.lab("kill", host)
+            lab.lab("start", host)
+        lab.remove_all()
+    left = {host: lab.clean(host) for host in HOSTS}
+    assert not any(left.values()), f"left behind after every container was removed: {left}"

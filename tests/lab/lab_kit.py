@@ -113,13 +113,15 @@ class Lab:
         interactive = [] if stdin is None else ["-i"]
         return self.ok(host, "migrator", "exec", *interactive, container, "--", *command, stdin=stdin)
 
-    def start_workload(self, host: str, name: str, feature: str, address: str, *options: str) -> None:
-        """A container that runs programs/workload.py, and answers."""
+    def start_workload(
+        self, host: str, name: str, feature: str, address: str, *options: str, program: str = "workload.py"
+    ) -> None:
+        """A container that runs one of `programs` with these words, and answers."""
         self.image(host, "tools", "nginx-light", "python3")
         wait = "until test -e /workload.ready; do sleep 0.02; done; exec python3 /workload.py " + feature
         self.start(host, name, "tools", "--ip", f"{address}/16", *options, command=["sh", "-c", wait])
         push = "cat >/workload.py && touch /workload.ready"
-        self.exec(host, name, "sh", "-c", push, stdin=(PROGRAMS / "workload.py").read_text())
+        self.exec(host, name, "sh", "-c", push, stdin=(PROGRAMS / program).read_text())
         done = ["sh", "-c", f"until {' '.join(CLIENT)} ask {address} 7000 facts; do sleep 0.1; done"]
         self.client_ok("timeout", "20", *done)
 
@@ -145,10 +147,13 @@ class Lab:
         """What redis-cli on the client answers."""
         return self.client_ok("redis-cli", "-h", address, *command).strip()
 
-    def start_redis(self, host: str, name: str, address: str, *options: str, bind: str = "0.0.0.0") -> None:
+    def start_redis(
+        self, host: str, name: str, address: str, *options: str, bind: str = "0.0.0.0", arguments: Sequence[str] = ()
+    ) -> None:
         """A container with a Redis that answers."""
         self.image(host, "redis", "redis-server")
         server = ["redis-server", "--bind", *bind.split(), "--protected-mode", "no", "--enable-debug-command", "yes"]
+        server += arguments
         self.start(host, name, "redis", "--ip", f"{address}/16", *options, command=server)
         ping = ("redis-cli", "-h", address, "ping")
         eventually("redis answers", lambda: "PONG" in self.client(*ping).stdout, 15 * self.slower)

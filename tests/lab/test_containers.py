@@ -1,5 +1,6 @@
 """Containers by runc and conmon, on volumes and networks of the test's own."""
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 import blockdev.pool
 from agent.container_records import State
+from blockdev import loop
+from blockdev.errors import BlockError
 from migrator.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Precondition
 from migrator.v1 import container_pb2
 from tests.lab.containers_kit import Bench, TestImage, bench, make_image, need
@@ -225,3 +228,32 @@ def test_one_that_has_just_begun_can_be_paused(host: Bench) -> None:
         host.containers.pause("t-exec")
         assert host.containers.cgroup("t-exec").is_frozen()
         host.containers.delete("t-exec", force=True)
+
+
+def test_what_somebody_keeps_mounted_is_not_mounted_twice(host: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an operator does who looks around in it with nsenter. The others are looked after all the same."""
+    monkeypatch.setattr(loop, "RELEASE_TIMEOUT_S", 0.3)
+    containers = host.containers
+    for name in ("t-held", "t-other"):
+        host.create(name, restart_policy=container_pb2.RESTART_POLICY_ALWAYS)
+        containers.start(name)
+    pid = containers.init_pid("t-held")
+    with subprocess.Popen(["nsenter", "--target", str(pid), "--mount", "sleep", "100"]) as entered:
+        try:
+            own, wanted = Path(f"/proc/{entered.pid}/ns/mnt"), Path(f"/proc/{pid}/ns/mnt").readlink()
+            wait_until(lambda: own.readlink() == wanted)
+            with pytest.raises(BlockError, match="still in use"):
+                containers.stop("t-held", timeout_s=0.1)
+            with pytest.raises(BlockError, match="still mounted"):
+                containers.stop("t-held")
+            with pytest.raises(Precondition):
+                containers.start("t-held")
+            host.restart_agent()
+            containers = host.containers
+            containers.stop("t-other", timeout_s=0.1)
+            assert containers.start("t-other").state is State.RUNNING
+        finally:
+            entered.kill()
+    # Nobody has to ask for it again.
+    wait_until(lambda: containers.record("t-held").state is State.STOPPED)
+    containers.start("t-held")

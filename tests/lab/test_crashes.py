@@ -30,9 +30,11 @@ DESTINATION_DIES = [
     ("destination.prepare", False),
     ("destination.send", False),
     ("destination.hold", False),
+    ("destination.restoring", False),
     ("destination.restore", False),
     ("destination.ready", False),
     ("destination.released", True),
+    ("destination.complete", True),
     ("destination.owner", True),
     ("destination.run", True),
 ]
@@ -52,7 +54,7 @@ def test_source_agent_dies(ready: Crashes, point: str, moved: bool) -> None:
     if not moved:
         assert seen["longest_ms"] < 1500, seen
     print(f"{point}: at {where}, longest gap {seen['longest_ms']:.0f} ms")
-    ready.lab.migrate(NAME, where, B if where == A else A)
+    ready.lab.migrate(NAME, where, B if where == A else A, "--verify")
 
 
 @pytest.mark.parametrize(("point", "moved"), DESTINATION_DIES)

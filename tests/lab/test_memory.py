@@ -1,6 +1,7 @@
 """Memory that is written while it moves: never a wrong byte, no growing pause, and what is done about fast writers."""
 
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_the_pause_does_not_grow_with_memory(lab: Lab) -> None:
 def test_a_writer_that_is_too_fast(lab: Lab, program: str) -> None:
     start(lab, program, "writer", 32)
     lab.migrate("writer", A, B)
-    slowly = ("--bandwidth", "160Mbit/s")
+    slowly = ("--bandwidth", "80Mbit/s")
     code, report = lab.try_migrate("writer", B, A, *slowly, "--on-no-converge", "abort")
     assert (code, report["outcome"], report["error"]["reason"]) == (5, "rolled_back", "NOT_CONVERGED")
     assert "--on-no-converge" in report["error"]["message"]
@@ -65,3 +66,17 @@ def test_a_writer_that_is_too_fast(lab: Lab, program: str) -> None:
     # Stopped for as long as it takes: the pages are mostly zeros, which compress well.
     report = lab.migrate("writer", A, B, *slowly)
     assert report["downtime_ms"] > 400
+
+
+def test_a_gigabyte_under_load(lab: Lab) -> None:
+    """Many thousand pages here and there between two looks, of memory that is taken and given back meanwhile."""
+    lab.start_redis(A, "busy", "10.77.2.112", "--disk", "1GiB", "--memory", "3GiB")
+    lab.redis("10.77.2.112", "debug", "populate", "1000000", "key", "1000")
+    load = ("redis-benchmark", "-h", "10.77.2.112", "-t", "set,get", "-n", "100000000", "-c", "8", "-r", "100000", "-q")
+    with ThreadPoolExecutor(1) as beside:
+        loaded = beside.submit(lab.client, "timeout", "15", *load)
+        eventually("keys come", lambda: int(lab.redis("10.77.2.112", "dbsize")) > 1_060_000)
+        lab.migrate("busy", A, B)
+        assert lab.ps(B)["busy"]["state"] == "running"
+        assert int(lab.redis("10.77.2.112", "dbsize")) >= 1_000_000
+        assert loaded.result().returncode == 124, "its clients lost their connections"

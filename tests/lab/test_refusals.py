@@ -84,6 +84,24 @@ def test_no_room_there(running: Lab) -> None:
     assert not there(running)
 
 
+def test_what_is_the_same_as_an_image_there_needs_no_room(running: Lab) -> None:
+    pool, little = "/var/lib/migrator/pool", 20 << 20
+    filler = f"{pool}/filler"
+
+    def refusal() -> str | None:
+        sizes = running.ok("host-b", "sh", "-c", f"df -B1 --output=size,avail {pool} | tail -1").split()
+        size, free = map(int, sizes)
+        left = 2 * min(1 << 30, size // 20) + (64 << 20) + little  # the pool's reserve, and preflight's own
+        running.ok("host-b", "fallocate", "-l", str(free - left), filler)
+        code, report = running.try_migrate("ct", "host-a", "host-b", "--check-only")
+        running.ok("host-b", "rm", filler)
+        return report["error"]["reason"] if code else None
+
+    assert refusal() == "NO_SPACE"
+    running.image("host-b", "redis", "redis-server")
+    assert refusal() is None
+
+
 def test_bind_mounts(lab: Lab) -> None:
     """A folder of the host goes along only where it is marked, and there at both ends."""
     lab.image("host-a", "redis", "redis-server")

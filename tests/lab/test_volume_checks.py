@@ -4,6 +4,7 @@ import hashlib
 import os
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,10 @@ class Host(Bench):
         ]
         self.containers.create("ct1", ContainerSpec(image="tiny", volumes=volumes, command=["sh", "-c", WRITER]))
         self.containers.start("ct1")
+        log, deadline = self.containers.mounted_volumes("ct1")[1].at / "log", time.monotonic() + 30
+        while not log.exists():
+            assert time.monotonic() < deadline, "nothing is written"
+            time.sleep(0.01)
 
     @property
     def data(self) -> Path:

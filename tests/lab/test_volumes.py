@@ -21,6 +21,7 @@ from blockdev.volume import UNFINISHED, Volume
 from migrator.errors import Busy, InvalidArgument, MigratorError, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec
 from migrator.v1.container_pb2 import Volume as VolumeSpec
+from tests.failing import shut_down
 from tests.lab import containers_kit
 from tests.lab.containers_kit import IMAGE_BYTES, Bench, TestImage, make_image
 
@@ -337,3 +338,14 @@ def test_growth_that_fails_half_way_leaves_record_and_file_the_same(
     assert host.volume().size_bytes == host.containers.spec("ct1").volumes[1].size_bytes == 512 * MIB
     host.volumes.resize("ct1", "/data", 512 * MIB)
     assert free_size(host.data) > 400 * MIB
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_container_whose_disk_has_failed_stops_and_starts(host: Host, kind: str) -> None:
+    host.with_data(kind)
+    shut_down(host.data)
+    host.containers.stop("ct1", 0.1)
+    host.containers.start("ct1")
+    (host.data / "new").write_text("text")
+    host.containers.stop("ct1", 0.1)
+    assert loop.find(host._volumes.open("ct1-1").path) == []

@@ -17,7 +17,7 @@ def test_it_survives(lab: Lab, feature: str) -> None:
     before = lab.ask(ADDRESS)
     assert before["wrong"] == []
     for source, destination in MOVES:
-        lab.migrate(feature, source, destination)
+        lab.migrate(feature, source, destination, "--verify")
         now = lab.ask(ADDRESS)
         assert now["wrong"] == []
         assert now["same"] == before["same"]
@@ -30,9 +30,9 @@ def test_it_survives(lab: Lab, feature: str) -> None:
         assert lab.ask(ADDRESS, "take")["taken"] == [[10, 0], [12, 0], [36, 11], [36, 12], [36, 13]]
 
 
-def grown(lab: Lab, before: dict[str, int]) -> bool:
+def grown(lab: Lab, before: dict[str, int], address: str = ADDRESS) -> bool:
     """Whether every counter has gone on."""
-    now = lab.ask(ADDRESS)["grows"]
+    now = lab.ask(address)["grows"]
     return all(now[name] > value for name, value in before.items())
 
 

@@ -47,16 +47,16 @@ def run(task: str, contender: str, number: int = 0, **metrics: float) -> Run:
 
 
 RUNS = [
-    run("ceilings", "machine", memcpy=8e9, tcp=1e9, tmpfs=2e9, disk=1e9, cpu_s_per_gib=2.0),
+    run("ceilings", "machine", memcpy=8e9, tcp=1e9, tls=8e8, tmpfs=2e9, disk=1e9, cpu_s_per_gib=2.0),
     run("idle-16m", OURS, 0, pause_ms=50.0),
     run("idle-16m", "runc + copy", 0, pause_ms=400.0),
     run("idle-16m", "podman", 0, pause_ms=900.0),
     run("idle-16m", OURS, 1, pause_ms=70.0),
     Run("idle-16m", OURS, 2, error="it fell over"),
-    run("idle-256m", OURS, pause_ms=60.0),
-    run("idle-4g", OURS, pause_ms=90.0),
-    run("idle-256m", "runc + copy", pause_ms=500.0),
-    run("idle-4g", "runc + copy", pause_ms=8000.0),
+    run("write-50mbs-256m", OURS, pause_ms=60.0),
+    run("write-50mbs-4g", OURS, pause_ms=90.0),
+    run("write-50mbs-256m", "runc + copy", pause_ms=500.0),
+    run("write-50mbs-4g", "runc + copy", pause_ms=8000.0),
     run("idle-1g", OURS, stream_mb_per_s=800.0, wire_per_byte=1.0, cpu_s_per_gib=3.0),
     run("idle-1g", "runc + copy", stream_mb_per_s=900.0, wire_per_byte=1.0, cpu_s_per_gib=2.5),
     run("write-100mbs-25pc", OURS, wire_per_byte=1.2, pause_ms=60.0),
@@ -199,8 +199,11 @@ def test_what_was_run_is_kept_and_goes_on(tmp_path: Path) -> None:
 
 def test_only_runs_just_what_a_row_needs() -> None:
     parts = plan.parts(plan.QUICK, ["pause-growth-256m-4g"], plan.MOVERS)
-    assert [part.task.name for part in parts] == ["ceilings", "idle-256m", "idle-4g"]
+    growth = ["write-50mbs-256m", "write-50mbs-4g"]
+    assert [part.task.name for part in parts] == ["ceilings", *growth, *growth]  # ours again
     assert all(OURS in part.contenders for part in parts[1:])
+    turns = plan.parts(plan.QUICK, ["pause-growth-256m-4g"], plan.MOVERS, 2)
+    assert [(part.task.name, part.runs) for part in turns[1:]] == [(name, runs) for runs in (1, 2) for name in growth]
     everything = plan.parts(plan.FULL, [], plan.MOVERS)
     assert set(WORKLOADS) <= {part.task.name for part in everything}
 

@@ -65,6 +65,7 @@ def test_ps_has_a_stable_shape_in_json(agent: FakeAgent) -> None:
             "exit_code": None,
             "migration": None,
             "pause_reason": None,
+            "lost": None,
         }
 
 
@@ -191,10 +192,12 @@ def test_migrate_tells_phases_and_one_object(agent: FakeAgent) -> None:
 
 
 def test_a_migration_that_waits_is_queued(agent: FakeAgent) -> None:
-    agent.migrations.by_name["m1"] = migration_pb2.Migration(name="m1", container="ct101", queue_position=2)
+    agent.migrations.by_name["m1"] = migration_pb2.Migration(
+        name="m1", container="ct101", queue_position=2, queue_host="host-b"
+    )
     (found,) = json.loads(run(agent, "migrations", "ls", "-o", "json").stdout)
-    assert (found["outcome"], found["queue_position"]) == ("queued", 2)
-    assert "queued (2)" in run(agent, "migrations", "ls").stdout
+    assert (found["outcome"], found["queue_position"], found["queue_host"]) == ("queued", 2, "host-b")
+    assert "queued (2 at host-b)" in run(agent, "migrations", "ls").stdout
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,28 @@ def test_a_disk_that_grew_between_snapshots(tmp_path: Path) -> None:
     assert whole(tmp_path / "disk", guids[0]) == first
 
 
+def test_a_plain_disk_is_as_quick_to_look_through_as_it_is_empty(tmp_path: Path) -> None:
+    """With the clusters that its descriptor tells of this would take days."""
+    size_bytes = 1 << 43
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/DiskDescriptor.xml").write_bytes(
+        disk_kit.descriptor(size_bytes, [(TOP, "Plain", "root.hds")], [(TOP, NONE)], cluster_sectors=1)
+    )
+    with (tmp_path / "disk/root.hds").open("wb") as file:
+        os.pwrite(file.fileno(), b"here" * KIB, size_bytes // 2)
+        os.truncate(file.fileno(), size_bytes)
+    with ploop.opened(tmp_path / "disk") as disk:
+        assert list(disk.ranges(0, size_bytes)) == [Range(size_bytes // 2, size_bytes // 2 + 4096)]
+        assert disk.read(size_bytes // 2 - 1, 5) == b"\0here"
+
+
+def test_a_file_that_is_longer_than_any_disk_takes_no_memory(tmp_path: Path) -> None:
+    path = single(tmp_path, SPEC)
+    os.truncate(path, 1 << 43)
+    with pytest.raises(FormatError, match="long enough for"), ploop.opened_delta(path):
+        pass
+
+
 def test_a_plain_base(tmp_path: Path) -> None:
     base = pattern(4, 12)
     top = changed(base, 5, [2, 11])

@@ -45,7 +45,7 @@ def test_roles_follow_from_the_method(method: str) -> None:
 
 
 def test_everything_that_changes_something_is_audited() -> None:
-    reading = ("Get", "List", "Watch", "ReadLog", "Diagnose", "Examine", "Check", "ServerReflection")
+    reading = ("Get", "List", "Watch", "ReadLog", "Diagnose", "Examine", "Queue", "Check", "ServerReflection")
     for method in auth.ROLES:
         assert (method in auth.READING) == method.rpartition("/")[2].startswith(reading)
 

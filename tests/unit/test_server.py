@@ -5,19 +5,22 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 from cryptography import x509
 
+from agent.peers import RemotePeer
 from agent.server import Servers, Service
 from blockdev.errors import BlockError
 from migrator import certificates, channel, errors, status
 from migrator.channel import Tls
-from migrator.errors import Exit, MigratorError
+from migrator.errors import Cancelled, Exit, MigratorError
 from migrator.v1 import host_pb2, host_pb2_grpc, peer_pb2, peer_pb2_grpc
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MigratorError)]
@@ -41,8 +44,27 @@ class Hosts(host_pb2_grpc.HostServiceServicer):
 class Peers(peer_pb2_grpc.PeerServiceServicer):
     """Agrees to everything."""
 
+    def __init__(self) -> None:
+        self.asked = 0
+
     def Examine(self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext) -> peer_pb2.ExamineResponse:
         return peer_pb2.ExamineResponse(host="host-a")
+
+    def DigestVolume(
+        self, request: peer_pb2.DigestVolumeRequest, context: grpc.ServicerContext
+    ) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        """One answer, and then a volume that takes for ever to read; or as many as it is a link's that breaks twice."""
+        yield peer_pb2.DigestVolumeResponse(digests=[bytes(16)])
+        if request.target == "volume/1":
+            self.asked += 1
+            for number in range(1, self.asked + 1):
+                yield peer_pb2.DigestVolumeResponse(first_chunk=number, digests=[bytes(16)])
+            if self.asked < 3:
+                raise errors.Unreachable("the link is broken")
+            return
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        ended.wait(60)
 
 
 class Bench:
@@ -53,7 +75,7 @@ class Bench:
         certificates.init(self.ca)
         for name, role in (("host-a", "peer"), ("host-b", "peer"), ("alice", "operator"), ("bob", "viewer")):
             certificates.issue(self.ca, name, role)
-        self.hosts = Hosts()
+        self.hosts, self.peers = Hosts(), Peers()
         self.servers = Servers(
             [
                 Service(
@@ -62,7 +84,7 @@ class Bench:
                 ),
                 Service(
                     "migrator.v1.PeerService",
-                    lambda server: peer_pb2_grpc.add_PeerServiceServicer_to_server(Peers(), server),
+                    lambda server: peer_pb2_grpc.add_PeerServiceServicer_to_server(self.peers, server),
                 ),
             ]
         )
@@ -251,3 +273,27 @@ def test_tls_1_2_is_refused(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.stdout.splitlines() == ["TLSv1_2 refused", "TLSv1_3 TLSv1.3"]
+
+
+def test_who_is_cancelled_does_not_wait_for_digests(bench: Bench) -> None:
+    config = SimpleNamespace(peers={"host-a": f"127.0.0.1:{bench.port}"}, tls=bench.tls("host-b"))
+    cancelled = threading.Event()
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise Cancelled("no more of it")
+
+    with RemotePeer(config, "host-a") as peer:  # type: ignore[arg-type]
+        peer.watch(check)
+        answers = peer.digest_volume("m-1", 1, "volume/0", 65536)
+        assert len(next(answers).digests) == 1
+        threading.Timer(0.1, cancelled.set).start()
+        with pytest.raises(Cancelled):
+            next(answers)
+
+
+def test_digests_go_on_when_the_link_is_there_again(bench: Bench) -> None:
+    config = SimpleNamespace(peers={"host-a": f"127.0.0.1:{bench.port}"}, tls=bench.tls("host-b"))
+    with RemotePeer(config, "host-a") as peer:  # type: ignore[arg-type]
+        answers = list(peer.digest_volume("m-1", 1, "volume/1", 65536))
+    assert [answer.first_chunk for answer in answers] == [0, 1, 2, 3]

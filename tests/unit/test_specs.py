@@ -3,7 +3,7 @@
 import pytest
 
 from agent.container_records import Record, State
-from agent.specs import MAXIMUM_VOLUMES, complete
+from agent.specs import MAXIMUM_VOLUMES, check_arrival, complete
 from migrator.errors import Busy, InvalidArgument, Precondition
 from migrator.v1.container_pb2 import ContainerSpec, Interface, PublishedPort, Volume
 
@@ -19,6 +19,15 @@ def test_no_more_volumes_than_a_destination_takes() -> None:
     assert len(complete("a", volumes(MAXIMUM_VOLUMES), "ext4").volumes) == MAXIMUM_VOLUMES
     with pytest.raises(InvalidArgument, match="17 volumes are too many"):
         complete("a", volumes(MAXIMUM_VOLUMES + 1), "ext4")
+
+
+def test_a_volume_is_as_many_whole_blocks_as_were_asked_for() -> None:
+    """400 MB are no multiple of 4096 bytes; what a destination is told is what it takes."""
+    asked = volumes(2)
+    asked.volumes[0].size_bytes, asked.volumes[1].size_bytes = 10**9, 400 * 10**6
+    made = complete("a", asked, "xfs")
+    assert [volume.size_bytes for volume in made.volumes] == [1_000_001_536, 400_003_072]
+    check_arrival("a", made)
 
 
 def test_ports_need_an_address() -> None:

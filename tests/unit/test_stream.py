@@ -1,6 +1,8 @@
 """Pieces survive the wire, and nothing else does."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import xxhash
@@ -8,9 +10,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdev.blocks import Piece, split_zeros
+from blockdev.blocks import Piece, batches, split_zeros
 from migrator.errors import PeerError
-from migrator.stream import BATCH_BYTES, MAX_PIECE_BYTES, Compression, Digests, Meter, Receiver, Sender
+from migrator.stream import MAX_PIECE_BYTES, Compression, Digests, Meter, Receiver, Sender
 from migrator.v1 import peer_pb2
 
 BLOCKS = st.lists(
@@ -54,7 +56,7 @@ def test_many_in_one_arrive(given: list[tuple[int, bytes]]) -> None:
     sent, stored = Digests(), Digests()
     meter = Meter()
     sender, receiver = Sender("m", 1, sent, meter), Receiver(stored)
-    requests = list(sender.batched("memory/1", pieces))
+    requests = list(sender.batches("memory/1", batches(pieces)))
     arrived = [
         piece
         for request in requests
@@ -64,7 +66,7 @@ def test_many_in_one_arrive(given: list[tuple[int, bytes]]) -> None:
     assert sent.all() == stored.all()
     assert meter.content_bytes.get("memory", 0) == sum(piece.length for piece in pieces)
     bytes_sent = sum(piece.length for piece in pieces if piece.data)
-    assert len(requests) <= 1 + 2 * bytes_sent // BATCH_BYTES
+    assert len(requests) <= 1 + 2 * bytes_sent // MAX_PIECE_BYTES
 
 
 def test_zeros_carry_no_bytes() -> None:
@@ -119,7 +121,7 @@ def test_small_files_arrive(given: list[tuple[str, bytes]]) -> None:
     assert found == given
     assert sent.all() == stored.all()
     assert all(len(request.data) <= MAX_PIECE_BYTES for request in requests)
-    assert len(requests) <= 1 + 2 * sum(len(content) for _, content in given) // BATCH_BYTES
+    assert len(requests) <= 1 + 2 * sum(len(content) for _, content in given) // MAX_PIECE_BYTES
 
 
 @pytest.mark.parametrize(("data", "parts"), [(b"abc", [3]), (b"abc", [1, 1]), (b"abc", [4, -1]), (b"\xffbc", [1, 2])])
@@ -158,3 +160,20 @@ def test_random_bytes_are_sent_plain() -> None:
     sender = Sender("m", 1, Digests(), Meter())
     (request,) = sender.requests("volume/0", [Piece(0, 65536, os.urandom(65536))])
     assert request.encoding == peer_pb2.ENCODING_PLAIN
+
+
+def test_a_bandwidth_limit_holds_for_all_streams_together() -> None:
+    """Nothing may be faster; a machine that is busy is slower."""
+    limit_bytes_per_s, count = 40 << 20, 8
+    meter = Meter(limit_bytes_per_s)
+    data = os.urandom(MAX_PIECE_BYTES)
+
+    def send(target: str) -> None:
+        sender = Sender("m", 1, Digests(), meter)
+        assert len(list(sender.requests(target, [Piece(0, len(data), data)] * count))) == count
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as streams:
+        list(streams.map(send, ("memory/1", "volume/0")))
+    assert meter.content_bytes == {"memory": count * len(data), "volume": count * len(data)}
+    assert meter.wire_bytes / (time.monotonic() - began) <= limit_bytes_per_s

@@ -2,16 +2,22 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockdev import blocks
 from blockdev.blocks import Piece
 from migrator import verify
-from migrator.errors import PeerError
+from migrator.disk import DiskCopy
+from migrator.errors import Cancelled, PeerError
+from migrator.ports import LeavingVolume
+from migrator.stream import Digests, Meter, Receiver, Sender
 from migrator.v1 import peer_pb2
 from migrator.verify import BLOCK_BYTES
 
@@ -81,14 +87,106 @@ def test_differing_makes_the_base_equal(
         for at in range(0, SIZE, 4 * BLOCK_BYTES)
     ]
     result = bytearray(base.read_bytes())
-    blocks = 0
+    count = 0
     for piece in verify.differing(pieces, known):
         result[piece.offset : piece.offset + piece.length] = piece.data or bytes(piece.length)
-        blocks += -(-piece.length // BLOCK_BYTES)
+        count += -(-piece.length // BLOCK_BYTES)
     assert bytes(result) == data
     wrong = sum(mine.get(number) != theirs.get(number) for number in range(41))
     # A block of zeros among data is sent: its digest at the destination is none.
-    assert blocks <= wrong + 41 - len(known)
+    assert count <= wrong + 41 - len(known)
+
+
+@dataclass
+class AtRest:
+    """As much of a stopped container as its disk needs."""
+
+    volumes: list[LeavingVolume]
+
+
+def based(ours: Path, base: Path) -> int:
+    """Bring the base up to date by a first pass. Returns the bytes that were sent."""
+    size = ours.stat().st_size
+    meter, receiver = Meter(), Receiver(Digests())
+    sender = Sender("m-1", 1, Digests(), meter)
+    known = digests(base, BLOCK_BYTES)
+    with ExitStack() as stack:
+        target = os.open(base, os.O_RDWR)
+        stack.callback(os.close, target)
+        copy = DiskCopy(AtRest([LeavingVolume(ours, size, None, None)]), stack)  # type: ignore[arg-type]
+        for request in copy.first_pass(sender, {"volume/0": known}):
+            for piece in receiver.pieces(request):
+                blocks.write(target, piece, size)
+    return sum(meter.content_bytes.values())
+
+
+def sparse(path: Path, runs: dict[int, int], size_bytes: int) -> Path:
+    """A file with data of its own at some of its pages (number and length in pages), and holes else."""
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+        for page, count in runs.items():
+            os.pwrite(file.fileno(), bytes([1 + page % 251]) * min(count * 4096, size_bytes - page * 4096), page * 4096)
+    return path
+
+
+def test_what_was_discarded_in_the_middle_of_a_block_is_gone_at_the_destination(tmp_path: Path) -> None:
+    """Before the hole is a block of which the base has nothing, behind its begin one of which the base has all."""
+    ours = sparse(tmp_path / "ours", {0: 15, 32: 400}, 4 << 20)
+    base = sparse(tmp_path / "base", {16: 16}, 4 << 20)
+    based(ours, base)
+    assert base.read_bytes() == ours.read_bytes()
+
+
+def test_nothing_is_sent_of_what_is_the_same_whatever_its_holes(tmp_path: Path) -> None:
+    runs = dict.fromkeys(range(0, 1000, 5), 1)
+    assert based(sparse(tmp_path / "ours", runs, 4 << 20), sparse(tmp_path / "base", runs, 4 << 20)) == 0
+
+
+pages = st.dictionaries(st.integers(0, 640), st.integers(1, 300), max_size=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pages, pages)
+def test_a_first_pass_makes_any_base_equal(
+    tmp_path_factory: pytest.TempPathFactory, mine: dict[int, int], theirs: dict[int, int]
+) -> None:
+    folder = tmp_path_factory.mktemp("v")
+    ours, base = sparse(folder / "ours", mine, SIZE), sparse(folder / "base", theirs, SIZE)
+    based(ours, base)
+    assert base.read_bytes() == ours.read_bytes()
+
+
+@given(pages, pages, st.lists(st.integers(1, 640), max_size=10))
+@settings(max_examples=50, deadline=None)
+def test_pieces_may_begin_and_end_within_blocks(
+    tmp_path_factory: pytest.TempPathFactory, mine: dict[int, int], theirs: dict[int, int], cuts: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("v")
+    ours, base = sparse(folder / "ours", mine, SIZE), sparse(folder / "base", theirs, SIZE)
+    data, result = ours.read_bytes(), bytearray(base.read_bytes())
+    places = sorted({0, SIZE, *(page * 4096 for page in cuts)})
+    parts = [Piece(start, end - start, data[start:end]) for start, end in pairwise(places)]
+    pieces = [part if any(part.data or b"") else part._replace(data=None) for part in parts]
+    for piece in verify.differing(pieces, digests(base, BLOCK_BYTES)):
+        result[piece.offset : piece.offset + piece.length] = piece.data or bytes(piece.length)
+    assert bytes(result) == data
+
+
+def test_who_is_cancelled_does_not_read_on(tmp_path: Path) -> None:
+    size, step = 10 * verify.CHUNK_BYTES, verify.CHUNK_BYTES // 4096
+    image = sparse(tmp_path / "large", dict.fromkeys(range(0, 10 * step, step), 1), size)
+    looks = iter(range(10 + 3))
+
+    def check() -> None:
+        if next(looks, None) is None:
+            raise Cancelled("no more of it")
+
+    with ExitStack() as stack:
+        copy = DiskCopy(AtRest([LeavingVolume(image, size, None, None)]), stack, check=check)  # type: ignore[arg-type]
+        ((_, found),) = copy.digests()
+        assert len(found) == 10
+        with pytest.raises(Cancelled):
+            list(copy.digests())
 
 
 def test_answers_carry_every_chunk(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def machines_session() -> Iterator[Machines]:
         pytest.skip("virtual machines need root")
     keep = os.environ.get("MIGRATOR_VM_KEEP") == "1"
     os.environ["LAB_ANSWER_S"] = "600"  # for the client, whatever the emulator is kept from
+    os.environ["LAB_PACE_S"] = "0.25"  # an emulated processor has nothing else to do otherwise
     machines = Machines()
     if not (keep and machines.status()):
         vm_kit.up(vm_kit.suite())

@@ -3,7 +3,9 @@
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from labkit.leftovers import Leftovers, difference
 from tests.lab.lab_kit import CHECKOUT, HOSTS, Lab, eventually
@@ -13,6 +15,9 @@ SCRIPT = str(CHECKOUT / "scripts/vmlab")
 SLOWER = 30.0
 IN_MACHINE = "/opt/migrator"
 UP_S = 2400
+MOVES_TRIED = 4
+FAULTS = "/run/faults"
+DROP_IN = "/etc/systemd/system/migrator-agent.service.d"
 
 
 @dataclass
@@ -29,10 +34,24 @@ class Machines(Lab):
         return found
 
     def remember(self) -> None:
-        self.baseline = {host: self.present(host) for host in HOSTS}
+        for host in HOSTS:
+            self.baseline[host] = self.present(host)
+            images = json.loads(self.ok(host, "migrator", "image", "ls", "-o", "json"))
+            self._images |= {(host, image["name"]) for image in images}
 
     def leftovers(self, host: str) -> Leftovers:
         return difference(self.baseline[host], self.present(host))
+
+    def migrate(self, container: str, source: str, destination: str, *options: str) -> dict[str, Any]:
+        """Until it has succeeded, within limits: an emulator that is kept waiting looks like a host that has died."""
+        for attempt in range(1, MOVES_TRIED):
+            code, report = self.try_migrate(container, source, destination, *options)
+            if code == 0:
+                assert (report["outcome"], report["where_running"]) == ("migrated", destination), report
+                return report
+            assert (code, report["outcome"]) == (6, "rolled_back"), f"exit code {code}: {report}"
+            print(f"\nattempt {attempt} to move {container} was rolled back: {report['error']['message']}")
+        return super().migrate(container, source, destination, *options)
 
     def power_cut(self, host: str) -> None:
         """What the machine has not flushed to its disk is lost."""
@@ -42,6 +61,50 @@ class Machines(Lab):
         """Returns when it answers and its agent is ready."""
         self.lab("boot", host)
         self.await_agent(host)
+
+    def reboot(self, host: str) -> None:
+        """By systemd, in order; returns when it is up again and its agent is ready."""
+        boot = ("cat", "/proc/sys/kernel/random/boot_id")
+        before = self.ok(host, *boot)
+        self.run(host, "systemctl", "reboot")
+
+        def is_new() -> bool:
+            told = self.run(host, *boot)
+            return told.returncode == 0 and told.stdout != before
+
+        eventually(f"{host} is up again", is_new, 60 * self.slower)
+        self.await_agent(host)
+
+    def allow_faults(self) -> None:
+        """From now on, and after each boot, the agents do what `ask` asks of them (`migrator.faults`)."""
+        unit = f"[Service]\nEnvironment=MIGRATOR_FAULTS={FAULTS}\n"
+        for host in HOSTS:
+            script = f"mkdir -p {DROP_IN}; cat >{DROP_IN}/faults.conf; systemctl daemon-reload; sync"
+            self.ok(host, "sh", "-ec", script, stdin=unit)
+        self.restart_agents()
+
+    def forbid_faults(self) -> None:
+        """As they were."""
+        for host in HOSTS:
+            self.ok(host, "sh", "-ec", f"rm -rf {DROP_IN} {FAULTS}*; systemctl daemon-reload")
+        self.restart_agents()
+
+    def restart_agents(self) -> None:
+        """Of both hosts, side by side."""
+        with ThreadPoolExecutor(len(HOSTS)) as pool:
+            list(pool.map(lambda host: self.ok(host, "systemctl", "restart", "migrator-agent"), HOSTS))
+
+    def ask(self, host: str, point: str, action: str) -> None:
+        """Have something go wrong there; `allow_faults` was called. A boot forgets it."""
+        self.ok(host, "sh", "-c", f"cat >{FAULTS}", stdin=f"{point} {action}\n")
+
+    def forget(self, host: str) -> None:
+        """Nothing goes wrong there any more."""
+        self.ok(host, "sh", "-c", f"rm -f {FAULTS}*")
+
+    def reached(self, host: str, point: str) -> bool:
+        """Whether it has gone wrong."""
+        return point in self.run(host, "cat", f"{FAULTS}.reached").stdout.split()
 
     def await_agent(self, host: str) -> None:
         """Wait until the agent's service has said that it is ready."""

@@ -21,7 +21,7 @@ from benchkit.contenders.moving import (
 from benchkit.contenders.peer_end import Plan
 from benchkit.errors import CannotRunError
 from benchkit.hosts import DESTINATION, SOURCE
-from benchkit.workloads import DISK_FILE, Workload
+from benchkit.workloads import DISK_FILE, GIB_MIB, Workload
 from labkit.hosts import host_named
 
 SHARED = "/dev/shm/migrator-bench-criu"
@@ -126,6 +126,16 @@ class CriuLazy(Criu):
         " --lazy-pages` at the other, of bare processes: a connection lost during the pull loses them"
     )
     lazy = True
+
+    def takes(self, workload: Workload) -> str:
+        return too_scattered(workload) or super().takes(workload)
+
+
+def too_scattered(workload: Workload) -> str:
+    """Why CRIU's lazy pages are not for it; empty if they are."""
+    if workload.rate_mbs and workload.memory_mib > GIB_MIB:
+        return "each fault lengthens a list that CRIU walks through for the next: 7 minutes were not enough"
+    return ""
 
 
 class DiskCopy(Criu):

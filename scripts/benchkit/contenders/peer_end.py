@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 COPY_PORT = 7999
-STEP_S = 240.0
+STEP_S = 60.0
+# Started here, and to end with this.
+serving: list["subprocess.Popen[bytes]"] = []
 BROADCAST, ARP = b"\xff" * 6, 0x0806
 
 
@@ -60,11 +62,20 @@ class Phases:
         self._last = now
 
 
-def main() -> None:
+def main() -> int:
     plan = Plan(**json.loads(sys.argv[1]))
     Path(plan.images).mkdir(parents=True, exist_ok=True)
     Path(plan.work).mkdir(parents=True, exist_ok=True)
-    print(json.dumps((source if plan.role == "source" else destination)(plan)), flush=True)
+    try:
+        print(json.dumps((source if plan.role == "source" else destination)(plan)), flush=True)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    else:
+        return 0
+    finally:
+        for child in serving:
+            child.kill()  # of no consequence to one that has ended
 
 
 def source(plan: Plan) -> dict[str, object]:
@@ -76,9 +87,9 @@ def source(plan: Plan) -> dict[str, object]:
     for command in plan.before:
         run(command)
     phases.mark("before")
-    serving = None
+    dump = None
     if plan.lazy:
-        serving = dump_lazily(plan)
+        dump = dump_lazily(plan)
     else:
         run(plan.main)
     for command in plan.after_dump:
@@ -93,9 +104,9 @@ def source(plan: Plan) -> dict[str, object]:
     if connection.recv(1) != b"r":
         raise RuntimeError("the destination did not restore it")
     phases.mark("restore at the destination")
-    if serving is not None:
-        if serving.wait(STEP_S) != 0:
-            raise RuntimeError(f"the serving dump ended with exit code {serving.returncode}")
+    if dump is not None:
+        if dump.wait(STEP_S) != 0:
+            raise RuntimeError(f"the serving dump ended with exit code {dump.returncode}")
         phases.mark("pages")
     connection.sendall(b"d")
     return {"phases_ms": phases.lengths}
@@ -105,12 +116,13 @@ def dump_lazily(plan: Plan) -> "subprocess.Popen[bytes]":
     """The dump that serves the pages, once its images are complete."""
     reader, writer = os.pipe()
     command = [word.replace("{status}", str(writer)) for word in plan.main]
-    serving = subprocess.Popen(command, pass_fds=[writer], stdin=subprocess.DEVNULL)
+    dump = subprocess.Popen(command, pass_fds=[writer], stdin=subprocess.DEVNULL)
+    serving.append(dump)
     os.close(writer)
-    if os.read(reader, 1) == b"" and serving.wait(STEP_S) != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {serving.returncode}")
+    if os.read(reader, 1) == b"" and dump.wait(STEP_S) != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {dump.returncode}")
     os.close(reader)
-    return serving
+    return dump
 
 
 def destination(plan: Plan) -> dict[str, object]:
@@ -128,6 +140,7 @@ def destination(plan: Plan) -> dict[str, object]:
     daemon = None
     if plan.daemon:
         daemon = subprocess.Popen(plan.daemon, stdin=subprocess.DEVNULL)
+        serving.append(daemon)
         deadline = time.monotonic() + STEP_S
         while not Path(plan.daemon_socket).exists():
             if daemon.poll() is not None or time.monotonic() > deadline:
@@ -239,4 +252,4 @@ def announce(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

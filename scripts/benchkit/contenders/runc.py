@@ -9,6 +9,7 @@ from typing import Any
 
 from benchkit.contenders import rootfs
 from benchkit.contenders.base import MAC, Bench, Session
+from benchkit.contenders.criu import too_scattered
 from benchkit.contenders.moving import (
     ADDRESS,
     CONNECT,
@@ -108,6 +109,9 @@ class LazyPages(Runc):
         " --lazy-pages`: a lost connection during the pull loses the container"
     )
     lazy = True
+
+    def takes(self, workload: Workload) -> str:
+        return too_scattered(workload) or super().takes(workload)
 
 
 def make_bundle(bench: Bench, workload: Workload, host: str, root: Path) -> Path:

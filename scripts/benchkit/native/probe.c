@@ -2,13 +2,14 @@
  *
  * probe --out PREFIX [--every-us N] [--stall-us N --stall-every-ms N] FLOW...
  *
- * A FLOW is KIND:ADDRESS:PORT. tcp and udp speak to the workload beside this, redis says INCR, postgres asks SELECT 1 as
- * the user postgres. A stream has one question under way at most; datagrams are sent whatever came of the last one.
- * It says "ready" on standard output when each flow has been answered, and ends on SIGTERM or SIGINT. PREFIX.N is then a
- * file of four u64 for each answer of flow N: when it came and how long it took, in ns of CLOCK_MONOTONIC, and the
- * workload's pages and blocks (the counter and 0 for redis). Standard output gets one line for each flow: questions,
- * answers, and an error or "-". With --stall-us the workload is asked now and then to stand still for so long; PREFIX.stalls
- * then lists when. Runs with real-time priority where it may: a busy machine shall not be read as a pause.
+ * A FLOW is KIND:ADDRESS:PORT. tcp and udp speak to the workload beside this, redis sets one of 250,000 keys at random to
+ * 1 KiB, postgres asks SELECT 1 as the user postgres. A stream has one question under way at most. Datagrams are sent
+ * whatever came of the last one, at every fifth turn: they tell the network's part of a pause, and each costs the machine
+ * as much as a question on a stream. It says "ready" on standard output when each flow has been answered, and ends on
+ * SIGTERM or SIGINT. PREFIX.N is then a file of four u64 for each answer of flow N: when it came and how long it took, in
+ * ns of CLOCK_MONOTONIC, and the workload's pages and blocks (0 for others). Standard output gets one line for each flow:
+ * questions, answers, and an error or "-". With --stall-us the workload is asked now and then to stand still for so long;
+ * PREFIX.stalls then lists when. Runs with real-time priority where it may: a busy machine shall not be read as a pause.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -29,7 +30,7 @@
 
 #include "protocol.h"
 
-enum { FLOWS_MAX = 256, SENT_RING = 1 << 16 };
+enum { FLOWS_MAX = 256, SENT_RING = 1 << 16, DATAGRAM_TURNS = 5, REDIS_KEYS = 250000, REDIS_VALUE = 1024 };
 static const uint64_t READY_NS = 60000000000;
 enum kind { TCP, UDP, REDIS, POSTGRES };
 static const char *const kinds[] = {"tcp", "udp", "redis", "postgres"};
@@ -74,12 +75,26 @@ static void broke(struct flow *flow, const char *what) {
     if (!flow->error[0]) snprintf(flow->error, sizeof flow->error, "%s", what);
 }
 
+/* SET of a key that `debug populate` may have made. */
+static const void *redis_question(size_t *length) {
+    static char text[REDIS_VALUE + 128];
+    static uint32_t chance = 1;
+    chance = chance * 1664525 + 1013904223;
+    char key[16];
+    int key_length = snprintf(key, sizeof key, "key:%u", (chance >> 8) % REDIS_KEYS);
+    int head = snprintf(text, sizeof text, "*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n", key_length, key, REDIS_VALUE);
+    memset(text + head, 'a' + (chance >> 24) % 26, REDIS_VALUE);
+    memcpy(text + head + REDIS_VALUE, "\r\n", 2);
+    *length = (size_t)head + REDIS_VALUE + 2;
+    return text;
+}
+
 static void ask(struct flow *flow) {
     uint64_t now = now_ns();
     struct question question = {flow->asked + 1, stall_us};
     const void *text = &question;
     size_t length = sizeof question;
-    if (flow->kind == REDIS) text = "INCR probe\r\n", length = 12;
+    if (flow->kind == REDIS) text = redis_question(&length);
     if (flow->kind == POSTGRES) text = "Q\0\0\0\rSELECT 1", length = 14;
     if (flow->kind == UDP) flow->sent_ns[question.number % SENT_RING] = now;
     ssize_t sent = send(flow->socket, text, length, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -114,8 +129,7 @@ static size_t whole_answer(struct flow *flow, uint64_t *pages, uint64_t *blocks)
     if (flow->kind == REDIS) {
         char *end = memchr(flow->buffer, '\n', flow->have);
         if (!end) return 0;
-        if (flow->buffer[0] != ':') broke(flow, "redis answered with an error");
-        *pages = strtoull(flow->buffer + 1, NULL, 10);
+        if (flow->buffer[0] != '+') broke(flow, "redis answered with an error");
         return (size_t)(end - flow->buffer) + 1;
     }
     /* Messages of a type, a length that counts itself, and a body; Z ends an answer. */
@@ -226,7 +240,7 @@ static void open_flow(char *text, const char *prefix) {
 
 static void run(uint64_t every_ns, uint64_t stall_length_us, uint64_t stall_every_ns, FILE *stalls) {
     struct pollfd waits[FLOWS_MAX];
-    uint64_t next_ns = now_ns(), stall_ns = next_ns + stall_every_ns;
+    uint64_t turn = 0, next_ns = now_ns(), stall_ns = next_ns + stall_every_ns;
     for (int number = 0; number < flow_count; number++) waits[number] = (struct pollfd){flows[number].socket, POLLIN, 0};
     while (!stopped) {
         uint64_t now = now_ns();
@@ -236,8 +250,12 @@ static void run(uint64_t every_ns, uint64_t stall_length_us, uint64_t stall_ever
                 stall_ns = now + stall_every_ns;
                 fwrite(&now, sizeof now, 1, stalls);
             }
-            for (int number = 0; number < flow_count; number++)
-                if (!flows[number].waiting && !flows[number].error[0]) ask(&flows[number]);
+            for (int number = 0; number < flow_count; number++) {
+                struct flow *flow = &flows[number];
+                if (flow->kind == UDP && turn % DATAGRAM_TURNS) continue;
+                if (!flow->waiting && !flow->error[0]) ask(flow);
+            }
+            turn++;
             next_ns += every_ns;
             if (next_ns < now) next_ns = now + every_ns; /* what was missed is not made up for */
         }

@@ -1,0 +1,49 @@
+"""CRIU's dump of a container that leaves, with what was prepared for it before the freeze."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from agent import shm_folder
+from agent.cgroup import Cgroup
+from agent.processes import pid_inside
+from migrator.criu import Criu, DumpRequest
+from migrator.pageless import Pageless
+from migrator.shm import left_out
+from migrator.smaps import Smaps
+
+SMAPS, LEFT_OUT = "smaps", "left-out"
+"""What CRIU reads in place of the kernel's answers, in the folder of the migration."""
+TIMEOUT_S = 120.0
+
+
+class Dump:
+    """CRIU lets the control group go while it works: it is frozen again before anything else happens."""
+
+    def __init__(
+        self,
+        criu: Criu,
+        request: DumpRequest,
+        cgroup: Cgroup,
+        shm: Path,
+        pageless: Pageless | None,
+        smaps: Smaps | None,
+    ) -> None:
+        self._criu = criu
+        self._request = request
+        self._cgroup = cgroup
+        self._shm = shm
+        self._pageless = pageless
+        self._smaps = smaps
+
+    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
+        """Write the images; on return the tasks are stopped by CRIU and by the control group."""
+        pids = self._cgroup.pids()
+        if self._request.parent is not None and self._pageless is not None:
+            self._pageless.prepare(self._request.parent, {pid: pid_inside(pid) for pid in pids})
+        if self._smaps is not None:
+            self._smaps.write(self._request.work / SMAPS, pids)
+        left_out.write(self._request.work / LEFT_OUT, sent)
+        self._criu.dump(self._request, TIMEOUT_S, check)
+        self._cgroup.freeze()
+        shm_folder.pack(self._shm, self._request.images)

@@ -1,0 +1,139 @@
+"""What CRIU reads of /proc/PID/smaps, made without what takes long there.
+
+CRIU needs the mappings and their flags. For the rest of that file the kernel walks through all pages: 15 ms for 1 GiB,
+while the container stands still (Linux 6.18). The mappings are in /proc/PID/maps, and a BPF iterator tells the flags.
+`scripts/criu-shim.c` gives CRIU what is written here. See proc_pid_smaps(5), Documentation/bpf/bpf_iterators.rst.
+"""
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+
+from blockdev import bpf, btf
+from migrator.errors import ExecutionError
+from migrator.memory import ProcessGone, mappings
+from migrator.memory.own import address_of
+
+FOLDER = "MIGRATOR_SMAPS"
+"""In CRIU's environment: where it finds a file for each process, by pid."""
+
+# Bits of vm_flags in linux/mm.h, which have been these since Linux 4.14, with their names in smaps.
+_NAMES = {
+    0: "rd", 1: "wr", 2: "ex", 3: "sh", 4: "mr", 5: "mw", 6: "me", 7: "ms", 8: "gd", 9: "um", 10: "pf", 12: "uw",
+    13: "lo", 14: "io", 15: "sr", 16: "rr", 17: "dc", 18: "de", 20: "ac", 21: "nr", 22: "ht", 23: "sf", 25: "wf",
+    26: "dd", 27: "sd", 28: "mm", 29: "hg", 30: "nh", 31: "mg",
+}  # fmt: skip
+_KNOWN = sum(1 << bit for bit in _NAMES)
+# The kernel's own, at an address of its own: in maps, and no part of the process' memory.
+_VSYSCALL, _EXECUTABLE = b"[vsyscall]", 1 << 2
+_MAPPING = struct.Struct("=QQQ")
+_PRIVATE, _NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0x4000
+_KINDS = [
+    (mmap.MAP_SHARED, None),
+    (_PRIVATE | _NORESERVE, None),
+    (_PRIVATE, mmap.MADV_SEQUENTIAL),
+    (_PRIVATE, mmap.MADV_RANDOM),
+    (_PRIVATE, mmap.MADV_DONTFORK),
+    (_PRIVATE, mmap.MADV_DONTDUMP),
+    (_PRIVATE, mmap.MADV_NOHUGEPAGE),
+    (_PRIVATE, mmap.MADV_HUGEPAGE),
+    (_PRIVATE, None),
+]
+_TRIES = 5
+_DIGITS = [b"%x" % digit for digit in range(16)]
+# Of a process' memory: the kernel looks through less in the time that all this takes.
+_MUCH_PAGES = (8 << 20) // mmap.PAGESIZE
+
+log = structlog.get_logger()
+
+
+class Smaps:
+    """The iterator, loaded. Close it. Raises OSError and BlockError where it cannot be, and ExecutionError where it
+    tells something else than the kernel itself."""
+
+    def __init__(self) -> None:
+        self._iterator = bpf.TaskIterator("task_vma", _program())
+        try:
+            self._try()
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, folder: Path, pids: Iterable[int]) -> None:
+        """For CRIU, of processes that stand still, those with much memory. Where it cannot be told, or one has a flag
+        that is not known here, CRIU asks the kernel."""
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for pid in pids:
+            try:
+                if int(Path(f"/proc/{pid}/statm").read_text().split()[1]) < _MUCH_PAGES:
+                    continue
+                if (content := self._content(pid)) is not None:
+                    (folder / str(pid)).write_bytes(content)
+            except (ProcessGone, OSError) as error:
+                (folder / str(pid)).unlink(missing_ok=True)
+                log.info("flags of mappings", pid=pid, reason=str(error))
+
+    def close(self) -> None:
+        """Unload it."""
+        self._iterator.close()
+
+    def _content(self, pid: int) -> bytes | None:
+        flags = {start: (end, bits) for start, end, bits in _MAPPING.iter_unpack(self._iterator.read(pid))}
+        texts: dict[int, bytes] = {}
+        lines = []
+        for line in filter(None, mappings.text(pid).split(b"\n")):
+            start, end = (int(word, 16) for word in line[: line.index(b" ")].split(b"-"))
+            found, bits = (end, _EXECUTABLE) if line.endswith(_VSYSCALL) else flags.pop(start, (0, 0))
+            if found != end or bits & ~_KNOWN:
+                return None
+            if bits not in texts:
+                words = "".join(f"{name} " for bit, name in _NAMES.items() if bits >> bit & 1)
+                texts[bits] = f"\nVmFlags: {words}\n".encode()
+            lines += [line, texts[bits]]
+        return None if flags else b"".join(lines)
+
+    def _try(self) -> None:
+        """On this process, with mappings of many kinds. Its threads may change others meanwhile."""
+        with ExitStack() as stack:
+            for how, advice in _KINDS:
+                made = stack.enter_context(mmap.mmap(-1, mmap.PAGESIZE, how))
+                if advice is not None:
+                    made.madvise(advice)
+            locked = ctypes.c_void_p(address_of(made)), ctypes.c_size_t(mmap.PAGESIZE)
+            ctypes.CDLL(None).mlock(*locked)
+            for _ in range(_TRIES):
+                ours, kernels = self._content(os.getpid()), Path("/proc/self/smaps").read_bytes()
+                if ours is not None and ours.split(b"\n")[:-1] == [*filter(_is_read, kernels.split(b"\n"))]:
+                    return
+        raise ExecutionError("a BPF iterator tells other flags of mappings than /proc/PID/smaps")
+
+
+def _is_read(line: bytes) -> bool:
+    """By CRIU, of the lines of smaps."""
+    return line[:1] in _DIGITS or line.startswith(b"VmFlags")
+
+
+def _program() -> bytes:
+    """For each mapping: its start, its end, its flags."""
+    a, types = bpf.Assembler(), btf.kernel()
+    a.emit(bpf.LOAD64, 6, 1, 0)  # struct bpf_iter__task_vma: what it is about, the task, the mapping or none
+    a.emit(bpf.LOAD64, 7, 1, 16)
+    a.emit(bpf.JUMP_EQUAL_IMMEDIATE, 7, value=0, to="out")
+    for place, member in enumerate(("vm_start", "vm_end", "vm_flags")):
+        a.emit(bpf.LOAD64, 2, 7, types.offset("vm_area_struct", member))
+        a.emit(bpf.STORE64, bpf.FRAME, 2, 8 * place - _MAPPING.size)
+    a.emit(bpf.LOAD64, 1, 6, types.offset("bpf_iter_meta", "seq"))
+    a.emit(bpf.SET, 2, bpf.FRAME)
+    a.emit(bpf.ADD_IMMEDIATE, 2, value=-_MAPPING.size)
+    a.emit(bpf.SET_IMMEDIATE, 3, value=_MAPPING.size)
+    a.emit(bpf.CALL, value=bpf.WRITE)
+    a.label("out")
+    a.emit(bpf.SET_IMMEDIATE, 0)
+    a.emit(bpf.EXIT)
+    return a.code()

@@ -1,0 +1,88 @@
+"""What CRIU is told of a process' pages is the same with scripts/criu-shim.c, and the kernel is asked for less."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrator.memory import pagemap
+
+SHIM = Path(__file__).parents[2] / "scripts/criu-shim.c"
+
+# Between the shim and the C library: says which masks the kernel gets.
+RECORDER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+int ioctl(int descriptor, unsigned long request, ...)
+{
+    int (*next)(int, unsigned long, ...) = dlsym(RTLD_NEXT, "ioctl");
+    va_list arguments;
+    va_start(arguments, request);
+    uint64_t *scan = va_arg(arguments, uint64_t *);
+    va_end(arguments);
+    if (request == 0xc0606610)
+        fprintf(stderr, "%d\\n", (scan[8] & 4) && (scan[9] & 4));
+    return next(descriptor, request, scan);
+}
+"""
+
+# Asks as CRIU does (pagemap-cache.c): not the page of zeros, no page of a file.
+ASKER = """
+import ctypes, fcntl, json, mmap, os, struct, sys
+PAGE, SIZE = 4096, 8 << 20
+file = os.open(sys.argv[1], os.O_RDWR)
+kinds = {
+    "anonymous": mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
+    "file": mmap.mmap(file, SIZE, flags=mmap.MAP_PRIVATE),
+    "small": mmap.mmap(-1, SIZE // 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
+}
+pagemap = os.open(f"/proc/{os.getpid()}/pagemap", os.O_RDONLY)
+found = {}
+for name, mapping in kinds.items():
+    for at in range(0, len(mapping), 16 * PAGE):
+        mapping[at] = 1                 # written
+        mapping[at + 3 * PAGE]          # read: the page of zeros, or the file's
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    regions = (ctypes.c_uint64 * 3000)()
+    scan = bytearray(struct.pack(
+        "12Q", 96, 0, address, address + len(mapping), 0, ctypes.addressof(regions), 1000, 0, 36, 36, 24, 152))
+    count = fcntl.ioctl(pagemap, 0xC0606610, scan)
+    rows = [(regions[i] - address, regions[i + 1] - address, regions[i + 2]) for i in range(0, 3 * count, 3)]
+    found[name] = rows, struct.unpack("12Q", scan)[4] - address
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not pagemap.has_scan(), reason="this kernel has no PAGEMAP_SCAN")
+def test_the_same_pages_are_found_and_less_is_asked(tmp_path: Path) -> None:
+    content = tmp_path / "content"
+    content.write_bytes(os.urandom(8 << 20))
+    (tmp_path / "recorder.c").write_text(RECORDER)
+    for source in (SHIM, tmp_path / "recorder.c"):
+        built = tmp_path / f"{source.stem}.so"
+        subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", built, source], check=True)
+    plain = _ask(content, tmp_path / "recorder.so")
+    shimmed = _ask(content, tmp_path / "criu-shim.so", tmp_path / "recorder.so")
+    assert shimmed.stdout == plain.stdout
+    rows, end = json.loads(plain.stdout)["anonymous"]
+    assert len(rows) == (8 << 20) // (16 << 12)
+    assert end == 8 << 20
+    # Whether it was asked for pages of files: of the anonymous mapping, of that of a file, of the small one.
+    assert plain.stderr.split() == ["1", "1", "1"]
+    assert shimmed.stderr.split() == ["0", "1", "1"]
+
+
+def _ask(content: Path, *libraries: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", ASKER, content],
+        env={**os.environ, "LD_PRELOAD": ":".join(map(str, libraries))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )

@@ -1,0 +1,73 @@
+"""The last moments before a container is stopped: what is written to its disk meanwhile, and how much of it is sent."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from migrator.options import Options
+from migrator.progress import Progress
+from migrator.rounds import LAST_ROUNDS, LITTLE_BYTES, Rounds
+from migrator.v1 import migration_pb2, peer_pb2
+
+MUCH = 16 * LITTLE_BYTES
+
+
+class FakeDisk:
+    """So many bytes are found by each look."""
+
+    def __init__(self, left: list[int], *, is_quick: bool = True) -> None:
+        self.is_quick = is_quick
+        self.did: list[str] = []
+        self._left = left
+
+    def sync(self) -> None:
+        self.did.append("sync")
+
+    def collect(self) -> int:
+        self.did.append("collect")
+        return self._left.pop(0)
+
+    def requests(self, _sender: object) -> Iterator[peer_pb2.SendRequest]:
+        self.did.append("send")
+        return iter(())
+
+
+class FakePeer:
+    def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
+        list(requests)
+
+
+def _stop(disk: FakeDisk) -> list[str]:
+    """What is done with the disk until the container stands still."""
+    progress = Progress(migration_pb2.Migration())
+    anything: Any = None
+    made: Any = disk
+    peer: Any = FakePeer()
+    rounds = Rounds(anything, peer, lambda: anything, made, None, progress, Options())
+    with progress.phase("freeze"), ExitStack() as undo:
+        rounds.hurry()
+        rounds.stop(undo, lambda: disk.did.append("stop"))
+    return disk.did
+
+
+@pytest.mark.parametrize(
+    ("left", "rounds"),
+    [
+        ([0], 0),
+        ([MUCH, 0], 1),
+        ([MUCH, MUCH // 2, LITTLE_BYTES], 2),
+        ([MUCH << 9 - shift for shift in range(9)], LAST_ROUNDS),
+        ([MUCH] * 9, 1),  # it stays as much
+    ],
+)
+def test_what_is_written_at_the_last_moment_is_sent_before_it_stops(left: list[int], rounds: int) -> None:
+    did = _stop(FakeDisk(left))
+    assert did.count("send") == rounds
+    # Nothing is to be dirty that the freeze would have to write.
+    assert did[-2:] == ["sync", "stop"]
+
+
+def test_what_takes_a_look_at_everything_is_not_looked_at_once_more() -> None:
+    assert set(_stop(FakeDisk([], is_quick=False))) == {"sync", "stop"}

@@ -1,0 +1,106 @@
+"""Power cuts in the middle of a move: after the boot, without a human, one copy runs and has kept its promises."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.lab_kit import CLIENT, HOSTS, eventually
+from tests.vm.vm_kit import MOVES_TRIED, Machines
+
+pytestmark = [pytest.mark.root, pytest.mark.vm]
+
+A, B = HOSTS
+NAME, ADDRESS = "ct-power", "10.77.2.120"
+# Every answer to a write is a promise: it is on the disk.
+DURABLE = ["--appendonly", "yes", "--appendfsync", "always"]
+SETTLE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def faulty(machines_session: Machines) -> Iterator[Machines]:
+    """A Redis that is started again whenever it has ended, and agents that stop where they are asked to."""
+    machines = machines_session
+    machines.allow_faults()
+    machines.start_redis(A, NAME, ADDRESS, "--disk", "1GiB", "--restart", "always", arguments=DURABLE)
+    yield machines
+    for row in machines.status():
+        if row["power"] == "off":
+            machines.boot(row["name"])
+    machines.forbid_faults()
+    machines.remove_all()
+
+
+@pytest.mark.parametrize(
+    ("cut", "host", "point", "ends_at"),
+    [
+        pytest.param(B, B, "destination.restore", A, id="destination before ready"),
+        pytest.param(B, B, "destination.ready", A, id="destination after ready"),
+        pytest.param(B, A, "source.released", A, id="destination after release"),
+        pytest.param(B, B, "destination.owner", B, id="destination after the commit"),
+        pytest.param(B, B, "destination.settle", B, id="destination in the fill"),
+        pytest.param(A, A, "source.final", A, id="source before ready"),
+        pytest.param(A, A, "source.ready", B, id="source after ready"),
+        pytest.param(A, A, "source.released", B, id="source after release"),
+        pytest.param(A, A, "source.finish", B, id="source after the commit"),
+    ],
+)
+def test_power_cut(faulty: Machines, cut: str, host: str, point: str, ends_at: str) -> None:
+    machines = faulty
+    (where,) = machines.where(NAME)
+    if where != A:
+        machines.migrate(NAME, where, A)
+    machines.ask(host, point, "hang")
+    promised = [0]
+    with machines.background("client", *CLIENT, "count", ADDRESS, "6379"):
+        eventually("it counts", lambda: _counter(machines, promised) > 0, SETTLE_S * machines.slower)
+        _move_until(machines, host, point, promised)
+        machines.power_cut(cut)
+    machines.boot(cut)
+    machines.forget(host)
+    _settled(machines, ends_at)
+    assert _counter(machines, promised) >= promised[0], "what was acknowledged is lost"
+    assert machines.ok(ends_at, "migrator", "volume", "check", NAME)
+    lost = machines.ps(ends_at)[NAME]["lost"]
+    assert bool(lost) == (cut == ends_at), f"the loss is told as {lost}"
+
+
+def _move_until(machines: Machines, host: str, point: str, promised: list[int]) -> None:
+    """Begin to move it, again if that is rolled back before it has come there: see `Machines.migrate`."""
+    for _ in range(MOVES_TRIED):
+        with machines.background(A, "migrate", NAME, B, "--detach", "-o", "json") as begun:
+            out, err = begun.communicate(timeout=60 * machines.slower)
+        assert begun.returncode == 0, err
+        name = json.loads(out)["migration"]
+        while not machines.reached(host, point):
+            _counter(machines, promised)
+            moving = json.loads(machines.ok(A, "migrator", "migrations", "show", name, "-o", "json"))
+            if moving["outcome"] != "running":
+                print(f"\nit has not come to {point}: {moving['outcome']}, {moving['error']}")
+                break
+        else:
+            return
+    raise AssertionError(f"no migration has come to {point}")
+
+
+def _counter(machines: Machines, promised: list[int]) -> int:
+    """What it counts now; the highest that has been seen is kept."""
+    told = machines.client("timeout", "5", "redis-cli", "-h", ADDRESS, "get", "counter").stdout.strip()
+    value = int(told) if told.isdecimal() else 0
+    promised[0] = max(promised[0], value)
+    return value
+
+
+def _settled(machines: Machines, where: str) -> None:
+    """It runs there, answers, and the other host has nothing of it."""
+
+    def there_alone() -> bool:
+        rows = [(host, machines.ps(host).get(NAME)) for host in HOSTS]
+        found = [(host, row["state"], row["migration"]) for host, row in rows if row]
+        return found == [(where, "running", None)]
+
+    eventually(f"it runs at {where} alone", there_alone, SETTLE_S * machines.slower)
+    ping = ("timeout", "5", "redis-cli", "-h", ADDRESS, "ping")
+    eventually("it answers", lambda: "PONG" in machines.client(*ping).stdout, SETTLE_S * machines.slower)
+    other = next(host for host in HOSTS if host != where)
+    assert not machines.clean(other), f"left behind at {other}"
