@@ -103,6 +103,12 @@ class Lab:
             assert done.returncode == 0, done.stderr
             self._images.add((host, name))
 
+    def no_image(self, host: str, name: str) -> None:
+        """The host has no such image, whatever was built for other tests."""
+        if (host, name) in self._images:
+            self.ok(host, "migrator", "image", "rm", name)
+            self._images.remove((host, name))
+
     def start(self, host: str, name: str, image: str, *options: str, command: Sequence[str]) -> None:
         """Make a container and start it."""
         self.ok(host, "migrator", "create", name, "--image", image, *options, "--", *command)

@@ -97,6 +97,7 @@ def test_what_is_the_same_as_an_image_there_needs_no_room(running: Lab) -> None:
         running.ok("host-b", "rm", filler)
         return report["error"]["reason"] if code else None
 
+    running.no_image("host-b", "redis")
     assert refusal() == "NO_SPACE"
     running.image("host-b", "redis", "redis-server")
     assert refusal() is None
