@@ -202,25 +202,18 @@ class Arriving:
 
     def complete(self) -> Mapping[str, float]:
         """The tasks are there, frozen, and need neither CRIU nor runc any more. They may send, and hear nothing yet."""
-        runtime = self._managers.runtime
         began = time.monotonic()
         if self._hold is not None:
             # Before their sockets are back: what these send at once, an ARP request, would be lost and repeated after
             # 1 s. What is sent to them goes to the hold.
             self._managers.networks.connect(self._name, self._links, learning=False)
         connected = time.monotonic()
-        try:
-            if not self._restore.is_over:
-                self._restore.let_go(self._launch)
-                self._await_launched()
-                self._restore.end()
-            elif runtime.launched(self._name) is None:
-                raise ExecutionError(f"the restored copy of {self._name} has ended before it could run")
-        except BaseException:
-            # It is given up, and the source goes on before all of it is discarded.
-            self._cut_off()
-            runtime.cgroup(self._name).kill()
-            raise
+        if not self._restore.is_over:
+            self._restore.let_go(self._launch)
+            self._await_launched()
+            self._restore.end()
+        elif self._managers.runtime.launched(self._name) is None:
+            raise ExecutionError(f"the restored copy of {self._name} has ended before it could run")
         resumed = time.monotonic()
         return {"connect": (connected - began) * 1000, "resume": (resumed - connected) * 1000}
 
@@ -286,6 +279,13 @@ class Arriving:
                 raise ExecutionError(f"runc has not finished restoring {self._name}")
             time.sleep(0.01)
 
+    def give_up(self) -> None:
+        """Nothing of it runs, is heard or draws traffic any more."""
+        # Cut off first: a reset that its sockets send as they end is not for the client to see.
+        self._managers.networks.disconnect(self._name, self._links)
+        self._end_hold()
+        self._managers.runtime.cgroup(self._name).kill()
+
     def discard(self) -> None:
         """Nothing of it is here on return."""
         try:
@@ -293,19 +293,13 @@ class Arriving:
                 return  # it was discarded before, and the name is another container's by now
         except NotFound:
             pass  # discarded in part
-        self._cut_off()
+        self.give_up()
         self._restore.give_up()
         self._close()
         self._managers.runtime.delete(self._name)
         self._memory.discard()
         self._managers.containers.unreserve(self._name)
         self._clean_up()
-
-    def _cut_off(self) -> None:
-        """Before its tasks end: a reset that their sockets would send is not for the client to see. Nor is the traffic
-        drawn here any more."""
-        self._managers.networks.disconnect(self._name, self._links)
-        self._end_hold()
 
     def _end_hold(self) -> None:
         if self._hold is not None:

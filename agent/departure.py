@@ -20,7 +20,7 @@ from agent.container_records import Record, State
 from agent.dump import LEFT_OUT, SMAPS, Dump
 from agent.journal import Incomings
 from agent.managers import Managers
-from agent.processes import Process, pid_inside
+from agent.processes import Process, note, pid_inside
 from agent.resumption import CRIU_PROCESS, resume
 from agent.runtime import environment, find_program
 from blockdev import filesystem, tracker
@@ -213,8 +213,7 @@ class Departing:
                 closing(Backlog(self.name)) as self._backlog,
                 closing(Breakpoints()),
             ):
-                if (process := Process.find(criu.pid)) is not None:
-                    process.note(self._folder / CRIU_PROCESS)
+                note(criu.pid, self._folder / CRIU_PROCESS)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
                 request = self._request(None if pageless is None else parent)
                 yield Dump(criu, request, self._cgroup, self._paths.shm, pageless, self._managers.smaps)

@@ -86,6 +86,12 @@ def parent(pid: int) -> int:
     return 0 if fields is None else int(fields[1])
 
 
+def note(pid: int, path: Path) -> None:
+    """Write down the process that has this pid, if there is one, for `Process.noted`."""
+    if (process := Process.find(pid)) is not None:
+        process.note(path)
+
+
 def pid_inside(pid: int) -> int:
     """The pid that a process has in the innermost of its pid namespaces. Raises ProcessGone."""
     try:

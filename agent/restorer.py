@@ -24,7 +24,7 @@ from pycriu import rpc_pb2 as rpc
 
 from agent import namespaces
 from agent.cgroup import Cgroup
-from agent.processes import Process
+from agent.processes import note
 from blockdev import kernel
 from migrator.criu import LOG_LEVEL
 from migrator.waiting import readable
@@ -217,13 +217,6 @@ class _Restore:
         """CRIU and the stand-in that runc waits for are not to be frozen with them. 10 ms, beside CRIU's work."""
         for pid in (self._criu.pid, self._stand_in):
             (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(pid))
-
-
-def note(pid: int, path: Path) -> None:
-    """Write a process of this one's down, for `Process.noted`."""
-    process = Process.find(pid)
-    if process is not None:
-        process.note(path)
 
 
 def ask(folder: Path, word: str, pipe: str, asking: str) -> str:

@@ -290,6 +290,7 @@ class Arrival:
             # Nothing was committed: the source's copy is still as it was, and does not wait until `tend` has discarded
             # this one.
             self._note_refusal(str(error))
+            self._reservation.give_up()
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED, refusal=str(error))
         faults.point("destination.complete")
         self.record = self._journal.own(self.record.migration)

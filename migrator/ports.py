@@ -194,6 +194,9 @@ class Reservation(Protocol):
         False as long as its memory is still being filled in: then this has to be called again.
         """
 
+    def give_up(self) -> None:
+        """Nothing of it runs, is heard or draws traffic any more; `discard` does the rest. Repeatable, before `run`."""
+
     def discard(self) -> None:
         """Kill and delete everything; repeatable, and right at any moment before `run`."""
 

@@ -97,6 +97,9 @@ class FolderReservation:
         self.discard()
         return True
 
+    def give_up(self) -> None:
+        pass
+
     def discard(self) -> None:
         self.shared.close()
         self._snapshots.close()

@@ -486,6 +486,11 @@ class FakeReservation:
             self.left.clear()
         return True
 
+    def give_up(self) -> None:
+        with self._call("destination.give up"):
+            assert not self._world.destination_runs, "a container that runs was given up"
+            self.left -= {"held", "complete", "tap"}
+
     def discard(self) -> None:
         with self._call("destination.discard"):
             assert not self._world.destination_runs, "a container that runs was discarded"
