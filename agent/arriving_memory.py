@@ -11,8 +11,9 @@ from blockdev import filesystem, kernel
 from migrator.errors import ExecutionError
 from migrator.fill import criu_socket, launch
 from migrator.fill import images as fill_images
+from migrator.fill.cgroups import end_lost
 from migrator.fill.keeper import Places
-from migrator.fill.status import State, Status
+from migrator.fill.status import State, Status, is_held
 
 # Beside the pages: what is sent twice before it is known to be gone, and the file system's own.
 SLACK_PART = 1.25
@@ -55,7 +56,12 @@ class ArrivingMemory:
 
     def is_filled(self) -> bool:
         """Whether nothing more is to be mapped. A container whose fill failed has been killed by it."""
+        held = is_held(self._places.status)
         status = Status.read(self._places.status)
+        if not held and status.state not in (State.STARTING, State.DONE, State.FAILED):
+            reason = end_lost(self._places.cgroups, "the fill was lost: all of its processes ended")
+            status = Status(State.FAILED, reason=reason)
+            status.write(self._places.status)
         if status.state is State.FAILED:
             log.error("memory fill", reason=status.reason)
         return status.state in (State.STARTING, State.DONE, State.FAILED)

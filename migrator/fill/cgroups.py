@@ -26,6 +26,12 @@ def kill_all(groups: Sequence[Path]) -> list[int]:
         time.sleep(0.002)
 
 
+def end_lost(groups: Sequence[Path], reason: str) -> str:
+    """Kill a container whose memory is lost. Gives the reason, with what became of it."""
+    left = kill_all(groups)
+    return f"{reason}; the container was killed" + (f", but for processes {left}" if left else "")
+
+
 def _processes(group: Path) -> list[int]:
     try:
         lists = [path.read_text() for path in group.rglob("cgroup.procs")]

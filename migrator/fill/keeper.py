@@ -20,10 +20,10 @@ from pathlib import Path
 
 from migrator.fill import criu_socket, messages
 from migrator.fill import store as page_store
-from migrator.fill.cgroups import kill_all
+from migrator.fill.cgroups import end_lost
 from migrator.fill.journal import Journal
 from migrator.fill.messages import Kind, Packet
-from migrator.fill.status import State, Status
+from migrator.fill.status import State, Status, hold
 from migrator.fill.worker import LostChild, Worker
 from migrator.waiting import readable
 
@@ -61,6 +61,7 @@ class Keeper:
     def run(self) -> int:
         """Returns the exit code: 0 when all is filled, 1 when it cannot be; the container is killed then."""
         signal.signal(signal.SIGTERM, self._terminate)
+        hold(self._places.status)
         self._listening = criu_socket.listen(self._places.work)
         self._watch(self._listening.fileno(), self._accept)
         self._start_guard()
@@ -77,8 +78,9 @@ class Keeper:
                 next_status = now + _STATUS_S
         for descriptor in self._descriptors.values():
             os.close(descriptor)
-        messages.send(self._guard, Packet(Kind.END))
+        # First: whoever dies in between leaves the guard, which then says it once more.
         self._ended.write(self._places.status)
+        messages.send(self._guard, Packet(Kind.END))
         return 0 if self._ended.state == State.DONE else 1
 
     # CRIU
@@ -221,8 +223,7 @@ class Keeper:
                 held.close()
 
     def _kill(self, reason: str) -> None:
-        left = kill_all(self._places.cgroups)
-        self._end(State.FAILED, f"{reason}; the container was killed" + (f", but for processes {left}" if left else ""))
+        self._end(State.FAILED, end_lost(self._places.cgroups, reason))
 
     def _end(self, state: State, reason: str = "") -> None:
         self._ended = Status(state, 0 if state == State.DONE else self._left(), self._restarts, reason)

@@ -1,7 +1,9 @@
 """How far the fill is: a small JSON file, replaced as a whole."""
 
 import enum
+import fcntl
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,3 +42,24 @@ class Status:
         except FileNotFoundError:
             return cls(State.STARTING)
         return cls(State(values["state"]), values["left_bytes"], values["restarts"], values["reason"])
+
+
+def hold(path: Path) -> None:
+    """Until this process and all that are forked from it have ended, `is_held` for the status that they write there."""
+    fcntl.flock(_lock(path), fcntl.LOCK_EX)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody is left who may still write the status."""
+    lock = _lock(path)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _lock(path: Path) -> int:
+    return os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -76,7 +76,7 @@ class Worker:
             for descriptor, _ in self._epoll.poll(0 if working else (0.001 if self._changing else None)):
                 if descriptor in self._numbers:
                     self._answer(self._numbers[descriptor])
-                else:
+                elif self._keeper is not None:  # unless its end was seen since
                     self._listen()
             self._changing = False
             self._answer_postponed()

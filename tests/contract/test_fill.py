@@ -6,14 +6,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from migrator.errors import ExecutionError
-from migrator.fill.status import State
+from migrator.fill.keeper import Keeper
+from migrator.fill.status import State, Status, is_held
 from tests.contract.fill_kit import Room, Victim, room, victim
 
 pytestmark = pytest.mark.root
+
+LAST_WORD = 9
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,37 @@ def test_without_its_keeper_it_goes_on(made: Room) -> None:
         assert moved.wait_for("bad") == ["bad 0"]
 
 
+def test_a_keeper_that_dies_as_it_ends(made: Room) -> None:
+    """Before its last word: the guard has that too."""
+    with victim(made, "none", 4) as moved:
+        moved.dump()
+        keeper = os.fork()
+        if keeper == 0:
+            run_until_its_last_word(Keeper(moved.places))
+        while moved.status.state is State.STARTING:
+            time.sleep(0.005)
+        moved.restore()
+        assert os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1]) == LAST_WORD
+        assert moved.wait_until_filled().state is State.DONE
+        assert moved.wait_for("bad") == ["bad 0"]
+
+
+def run_until_its_last_word(keeper: Keeper) -> None:
+    me, write = os.getpid(), Status.write
+
+    def last(said: Status, path: Path) -> None:
+        if os.getpid() == me and said.state is State.DONE:
+            os._exit(LAST_WORD)
+        write(said, path)
+
+    code = 1
+    try:
+        with patch.object(Status, "write", last):
+            code = keeper.run()
+    finally:
+        os._exit(code)
+
+
 def test_a_process_whose_memory_is_lost_does_not_go_on(made: Room) -> None:
     with victim(made, "slow", 512) as moved:
         moved.dump()
@@ -108,6 +143,20 @@ def test_a_process_whose_memory_is_lost_does_not_go_on(made: Room) -> None:
         assert "killed" in status.reason
         assert not moved.members()
         assert not moved.lines("bad")
+
+
+def test_it_is_seen_when_all_of_it_died(made: Room) -> None:
+    with victim(made, "slow", 512) as moved:
+        moved.dump()
+        fill = moved.launch()
+        moved.restore()
+        family = [fill, *children(fill)]
+        ended = [os.pidfd_open(process) for process in family]
+        assert is_held(moved.places.status)
+        for process in family:
+            os.kill(process, signal.SIGKILL)
+        assert all([ends(process) for process in ended])
+        assert not is_held(moved.places.status)
 
 
 def test_it_can_be_called_off(made: Room) -> None:
