@@ -150,12 +150,12 @@ def test_it_is_seen_when_all_of_it_died(made: Room) -> None:
         moved.dump()
         fill = moved.launch()
         moved.restore()
-        family = [fill, *children(fill)]
-        ended = [os.pidfd_open(process) for process in family]
+        family = {process: os.pidfd_open(process) for process in (fill, *children(fill))}
         assert is_held(moved.places.status)
         for process in family:
             os.kill(process, signal.SIGKILL)
-        assert all([ends(process) for process in ended])
+        ended = [ends(process) for process in family.values()]
+        assert all(ended)
         assert not is_held(moved.places.status)
 
 
