@@ -1,6 +1,5 @@
 """A container on its way in: what `migrator.destination` asks of this host (`migrator.ports.ArrivalHost`)."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -19,7 +18,7 @@ from agent.container_records import State
 from agent.journal import Incomings
 from agent.managers import Managers
 from agent.neighbours import Neighbours
-from agent.network import host_end
+from agent.network import hold_name, host_end
 from agent.restore import HeldRestore
 from agent.restorer import Orders
 from agent.rootfs import User
@@ -149,7 +148,7 @@ class Arriving:
         shm_folder.mount(self._paths.shm)
         self._managers.networks.create(self._name, self._links)
         self._neighbours = Neighbours(self._name, self._links)
-        self._hold = TrafficHold(_tap_name(self._name), self._links)
+        self._hold = TrafficHold(hold_name(self._name), self._links)
 
     # -- the phases -------------------------------------------------------------------------------------------------
 
@@ -209,7 +208,9 @@ class Arriving:
             self._managers.networks.connect(self._name, self._links, learning=False)
         connected = time.monotonic()
         if not self._restore.is_over:
-            self._restore.let_go(self._launch)
+            # An earlier life of the agent may have said the word already; then the restorer has ended, or is about to.
+            if self._launch is not None or self._restore.is_held():
+                self._restore.let_go(self._launch)
             self._await_launched()
             self._restore.end()
         elif self._managers.runtime.launched(self._name) is None:
@@ -247,13 +248,21 @@ class Arriving:
                 # A reboot, say, after the handover and before this: as any container whose host was rebooted.
                 self._managers.containers.adopt_lost(self._name, **times)
             else:
-                self._managers.containers.adopt(self._name, self._state, **times)
                 if self._state.is_live:
-                    self._managers.assembly.publish(self._name, self._spec)
+                    self._publish()
+                # Last: what is its own already is not settled again.
+                self._managers.containers.adopt(self._name, self._state, **times)
         if not self._memory.is_filled():
             return False
         self._clean_up()
         return True
+
+    def _publish(self) -> None:
+        try:
+            self._managers.assembly.publish(self._name, self._spec)
+        except Precondition as error:
+            # A port that was free at the preflight: nothing of the container waits for it.
+            log.error("ports are not published", container=self._name, reason=str(error))
 
     def _is_settled(self) -> bool:
         """Whether the container is this host's own already, or was and is gone."""
@@ -288,11 +297,10 @@ class Arriving:
 
     def discard(self) -> None:
         """Nothing of it is here on return."""
-        try:
-            if self._is_settled():
-                return  # it was discarded before, and the name is another container's by now
-        except NotFound:
-            pass  # discarded in part
+        if self._is_settled():
+            # It was discarded before, perhaps in part. By now the name may be another container's, the folder is not.
+            self._remove_folder()
+            return
         self.give_up()
         self._restore.give_up()
         self._close()
@@ -311,10 +319,14 @@ class Arriving:
         (self._paths.bundle / REQUEST).unlink(missing_ok=True)
         (self._paths.bundle / RESTORE_LOG).unlink(missing_ok=True)
         self._memory.release()
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
+        self._remove_folder()
         if self._restore.programs.exists():
             shutil.rmtree(self._restore.programs)
+
+    def _remove_folder(self) -> None:
+        self._memory.unmount()
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
 
     def _close(self) -> None:
         self.shared.close()
@@ -372,15 +384,9 @@ class ArrivingHost:
     def reserved(self, migration: str, container: str) -> tuple[Arriving, container_pb2.ContainerState]:
         """From the request as it was stored; one that was never stored left nothing but perhaps its record."""
         path = self._managers.runtime.paths(container).bundle / REQUEST
-        try:
-            request = peer_pb2.PrepareRequest.FromString(path.read_bytes())
-        except FileNotFoundError:
+        request = peer_pb2.PrepareRequest.FromString(path.read_bytes() if path.exists() else b"")
+        if request.migration != migration:  # by now the name may be another's
             request = peer_pb2.PrepareRequest(
                 migration=migration, container=container, state=container_pb2.CONTAINER_STATE_STOPPED
             )
         return Arriving(self._managers, request), request.state
-
-
-def _tap_name(container: str) -> str:
-    """Follows from the container's name; with a digit behind it it fits into the 15 characters of an interface."""
-    return "mh" + hashlib.sha256(container.encode()).hexdigest()[:10] + "-"

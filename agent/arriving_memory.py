@@ -6,14 +6,14 @@ from pathlib import Path
 
 import structlog
 
-from agent.processes import Process
+from agent.processes import Process, note
 from blockdev import filesystem, kernel
 from migrator.errors import ExecutionError
 from migrator.fill import criu_socket, launch
 from migrator.fill import images as fill_images
 from migrator.fill.cgroups import end_lost
 from migrator.fill.keeper import Places
-from migrator.fill.status import State, Status, is_held
+from migrator.fill.status import State, Status, has_finished, is_held
 
 # Beside the pages: what is sent twice before it is known to be gone, and the file system's own.
 SLACK_PART = 1.25
@@ -44,11 +44,7 @@ class ArrivingMemory:
 
     def launch(self) -> None:
         """Start the fill: CRIU may restore then."""
-        self._launched = launch.launch(self._places)
-        process = Process.find(self._launched.pid)
-        if process is None:
-            raise ExecutionError("the memory fill ended at once")
-        process.note(self._process)
+        self._launched = launch.launch(self._places, lambda pid: note(pid, self._process))
 
     def prepare(self) -> None:
         """Amend CRIU's images: what the fill maps is left out of the restore."""
@@ -59,6 +55,8 @@ class ArrivingMemory:
         held = is_held(self._places.status)
         status = Status.read(self._places.status)
         if not held and status.state not in (State.STARTING, State.DONE, State.FAILED):
+            if has_finished(self._places.status):
+                return True
             reason = end_lost(self._places.cgroups, "the fill was lost: all of its processes ended")
             status = Status(State.FAILED, reason=reason)
             status.write(self._places.status)
@@ -76,11 +74,18 @@ class ArrivingMemory:
                 process.wait(END_S)
         self.release()
 
+    def unmount(self) -> None:
+        """Give the store's memory back; repeatable."""
+        while os.path.ismount(self.store):
+            filesystem.unmount(self.store)
+
     def release(self) -> None:
         """Give the pages back; the fill has ended."""
         if self._launched is not None:
-            self._launched.wait(END_S)
-        while os.path.ismount(self.store):
-            filesystem.unmount(self.store)
+            try:
+                self._launched.wait(END_S)
+            except subprocess.TimeoutExpired as error:
+                raise ExecutionError("the memory fill does not end") from error
+        self.unmount()
         for left in (launch.LOG, criu_socket.NAME):
             (self._places.work / left).unlink(missing_ok=True)

@@ -1,12 +1,11 @@
 """The containers of this host: what may be done with one, in which state, and what is noted about it.
 
 The database says what should be; at start `reconcile` compares that with what is. One operation at a time per
-container, by leases. A container's end is learnt from its conmon's end, also after the agent was restarted.
+container, by leases.
 """
 
 import signal
 import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -16,18 +15,16 @@ from agent import oci, processes
 from agent.assembly import Assembly
 from agent.cgroup import FREEZE_TIMEOUT_S, Cgroup
 from agent.container_needs import Addresses, Images, Snapshots
-from agent.container_records import Record, Records, State, now_ms
+from agent.container_records import Record, Records, State
 from agent.database import Database
 from agent.executor import Execution
 from agent.image_sizes import whole_mib
 from agent.leases import Leases
-from agent.processes import Process
-from agent.restarts import RestartClock, wants_restart
+from agent.lives import Lives, init_of, processes_of
 from agent.rootfs import find_user
-from agent.runtime import ContainerPaths, Launched, Runtime
+from agent.runtime import ContainerPaths, Runtime
 from agent.salvage import tried
-from agent.specs import check_binds, check_name, complete
-from agent.watcher import ExitWatcher
+from agent.specs import check_name, complete
 from blockdev.volume import MountedVolume
 from migrator.destination import FAILURES
 from migrator.errors import Busy, ExecutionError, InvalidArgument, NotFound, Precondition
@@ -36,7 +33,6 @@ from migrator.v1.container_pb2 import ContainerSpec
 
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 10.0
-EXIT_FILE_TIMEOUT_S = 5.0
 
 log = structlog.get_logger()
 
@@ -60,15 +56,12 @@ class Containers:
         self._addresses = addresses
         self._snapshots = snapshots
         self._leases = Leases()
-        self._watcher = ExitWatcher()
-        self._clock = RestartClock()
-        self._runs: dict[str, Launched] = {}
+        self._lives = Lives(self._records, self._leases, runtime, assembly, snapshots)
         self._assigning = threading.Lock()
 
     def close(self) -> None:
         """Stop watching; the containers run on."""
-        self._clock.close()
-        self._watcher.close()
+        self._lives.close()
 
     # What is there
 
@@ -90,14 +83,14 @@ class Containers:
 
     def init_pid(self, name: str) -> int:
         """The first process's pid; raises Precondition if the container does not run."""
-        process = self._init(self._records.get(name))
+        process = init_of(self._records.get(name))
         if process is None:
             raise Precondition(f"container {name} does not run: start it first", reason="NOT_RUNNING")
         return process.pid
 
     def has_ended(self, name: str) -> bool:
         """Whether the first process is gone, asked of the kernel and not of the record."""
-        return self._init(self._records.get(name)) is None
+        return init_of(self._records.get(name)) is None
 
     def mounted_volumes(self, name: str) -> list[MountedVolume]:
         """In the order of the spec; the container is running or paused."""
@@ -174,25 +167,25 @@ class Containers:
         with self.hold(name, "it is being started"):
             record = self._records.get(name)
             record.refuse("start", State.RUNNING, State.PAUSED, State.ARRIVING)
-            self._clock.cancel(name)
+            self._lives.let_be(name)
             self._records.heed_loss(name)
-            return self._start(record, restarts=0)
+            return self._lives.start(record)
 
     def stop(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> Record:
         """SIGTERM, and SIGKILL after the timeout; returns when all is at rest. Nothing to do if it is stopped."""
         with self.hold(name, "it is being stopped"):
-            self._clock.cancel(name)
+            self._lives.let_be(name)
             self._records.get(name).refuse("stop", State.ARRIVING)
             record = self._records.update(name, should_run=0)
             if not record.state.is_live:
                 return record
             self.cgroup(name).thaw()
-            init = self._init(record)
+            init = init_of(record)
             if init is not None and not (init.signal(signal.SIGTERM) and init.wait(timeout_s)):
                 init.signal(signal.SIGKILL)
                 if not init.wait(KILL_TIMEOUT_S):
                     raise ExecutionError(f"process {init.pid} of {name} does not die: it is in an uninterruptible wait")
-            return self._ended(record)
+            return self._lives.end(record)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """One signal to the first process; its end, if it ends, is noted as any other."""
@@ -201,7 +194,7 @@ class Containers:
         with self.hold(name, "it is being sent a signal"):
             record = self._records.get(name)
             record.refuse("send a signal to", State.ARRIVING)
-            init = self._init(record) if record.state.is_live else None
+            init = init_of(record) if record.state.is_live else None
             if init is None or not init.signal(number):
                 raise Precondition(f"container {name} does not run: start it first", reason="NOT_RUNNING")
             if number == signal.SIGKILL:
@@ -258,7 +251,7 @@ class Containers:
             self._assembly.down(name, self.spec(name))
             return self._records.update(name, state=state, create_time_ms=create_time_ms, restarts=restarts)
         launched = self._runtime.launched(name)
-        values = {} if launched is None else _processes(launched)
+        values = {} if launched is None else processes_of(launched)
         record = self._records.update(
             name,
             state=state,
@@ -268,7 +261,7 @@ class Containers:
             restarts=restarts,
             **values,
         )
-        self._watch(record)
+        self._lives.watch(record)
         return record
 
     def adopt_lost(self, name: str, *, create_time_ms: int, start_time_ms: int) -> None:
@@ -278,7 +271,7 @@ class Containers:
         self._assembly.down(name, self.spec(name))
         self._records.note_loss(name)
         times = {"create_time_ms": create_time_ms, "start_time_ms": start_time_ms}
-        self._after_end(self._records.update(name, state=State.STOPPED, should_run=1, **times))
+        self._lives.after_end(self._records.update(name, state=State.STOPPED, should_run=1, **times))
 
     def forget(self, name: str) -> None:
         """The container lives elsewhere now: end its frozen tasks without running them, delete all that is theirs."""
@@ -303,15 +296,15 @@ class Containers:
                         self._remove(record)
                 continue
             if record.state.is_live:
-                self._watch(self._settle_pause(record))
+                self._lives.watch(self._settle_pause(record))
                 continue
             try:
                 with self.hold(record.name, "it is being looked at after a start of the agent"):
                     try:
-                        self._take_down(record)
+                        self._lives.take_down(record)
                     finally:
                         if record.should_run:
-                            self._schedule(record, 0.0)
+                            self._lives.start_later(record, 0.0)
             except FAILURES as error:
                 log.error("reconcile", container=record.name, error=str(error))
         recorded = {record.name for record in self._records.all()}
@@ -325,7 +318,7 @@ class Containers:
     def _settle_pause(self, record: Record) -> Record:
         """The agent died between the freezer and the record: what was not recorded was not done. Or it was resumed."""
         group, paused = self.cgroup(record.name), record.state is State.PAUSED
-        if group.is_frozen() == paused or self._init(record) is None:
+        if group.is_frozen() == paused or init_of(record) is None:
             return record
         try:
             with self.hold(record.name, "it is being looked at after a start of the agent"):
@@ -341,119 +334,9 @@ class Containers:
             self._addresses.assign(name, spec, [record.spec for record in self._records.all() if record.name != name])
             return self._records.insert(name, spec, state)
 
-    def _start(self, record: Record, restarts: int) -> Record:
-        name, spec = record.name, record.spec
-        check_binds(spec)
-        with ExitStack() as undo:
-            # What a crash or a reboot has left would be in the way.
-            self._take_down(record)
-            record = self._snapshots.settle(name)
-            spec = record.spec
-            undo.callback(self._take_down, record)
-            self._assembly.up(name, spec)
-            launched = self._runtime.launch(name).result()
-            self._assembly.connect(name, spec)
-            # Before it runs: an agent that dies here finds the container recorded, and adopts it.
-            record = self._records.update(
-                name,
-                state=State.RUNNING,
-                should_run=1,
-                start_time_ms=now_ms(),
-                exit_code=None,
-                restarts=restarts,
-                **_processes(launched),
-            )
-            undo.callback(self._records.update, name, state=State.STOPPED, should_run=0)
-            self._runtime.start(name)
-            undo.pop_all()
-        self._watch(record)
-        return record
-
-    def _watch(self, record: Record) -> None:
-        launched = Launched(
-            Process(record.init_pid, record.init_ticks), Process(record.conmon_pid, record.conmon_ticks)
-        )
-        self._runs[record.name] = launched
-        self._watcher.watch(launched.conmon, lambda: self._note_end(record.name, launched))
-
-    def _note_end(self, name: str, launched: Launched) -> None:
-        """conmon has ended: so has the container, unless somebody else has seen to it by now."""
-        try:
-            # Whoever holds it, a migration say, may hold it long and decides first.
-            with self.hold(name, "its end is being noted", wait_s=float("inf"), brief=True):
-                if self._runs.get(name) is launched:
-                    if launched.init.is_alive():
-                        log.warning("conmon is gone, so the container is ended too", container=name)
-                    self._after_end(self._ended(self._records.get(name)))
-        except NotFound:
-            return
-        except FAILURES as error:
-            # Until all is taken down it counts as running: what is mounted is not at rest.
-            self._runs.setdefault(name, launched)
-            delay_s = self._clock.schedule(name, 0.0, lambda: self._note_end(name, launched))
-            log.error("container's end", container=name, error=str(error), again_in_s=delay_s)
-
-    def _after_end(self, record: Record) -> None:
-        if record.should_run and wants_restart(record.spec.restart_policy, record.exit_code):
-            self._schedule(record, max(0, now_ms() - record.start_time_ms) / 1000)
-        else:
-            self._records.update(record.name, should_run=0)
-
-    def _schedule(self, record: Record, ran_s: float) -> None:
-        delay_s = self._clock.schedule(record.name, ran_s, lambda: self._restart(record.name))
-        log.info("container restarts", container=record.name, exit_code=record.exit_code, delay_s=delay_s)
-
-    def _restart(self, name: str) -> None:
-        try:
-            with self.hold(name, "it is being restarted by its policy", wait_s=float("inf"), brief=True):
-                record = self._records.get(name)
-                if record.should_run and record.state is State.STOPPED:
-                    try:
-                        self._start(record, restarts=record.restarts + 1)
-                    except FAILURES as error:
-                        log.error("restart", container=name, error=str(error))
-                        self._records.update(name, should_run=1, restarts=record.restarts + 1)
-                        self._schedule(record, 0.0)
-        except NotFound:
-            return
-
-    def _ended(self, record: Record) -> Record:
-        """Note the exit code and put everything to rest."""
-        name = record.name
-        deadline = time.monotonic() + EXIT_FILE_TIMEOUT_S
-        conmon = Process(record.conmon_pid, record.conmon_ticks)
-        conmon.wait(deadline - time.monotonic())
-        code = self._runtime.exit_code(name)
-        record = self._records.update(name, exit_code=code)
-        if code is None:
-            log.error("container lost: its host was restarted, or its conmon was killed", container=name)
-            record = self._records.note_loss(name)
-        self._take_down(record)
-        return self._records.update(name, state=State.STOPPED, init_pid=0, conmon_pid=0)
-
-    def _take_down(self, record: Record) -> None:
-        """End every process and take away all that runs or is mounted; repeatable."""
-        self._runs.pop(record.name, None)
-        self._runtime.delete(record.name)
-        self._assembly.down(record.name, record.spec)
-
     def _remove(self, record: Record) -> None:
-        self._clock.cancel(record.name)
-        self._take_down(record)
+        self._lives.let_be(record.name)
+        self._lives.take_down(record)
         self._assembly.delete(record.name, record.spec)
         self._snapshots.delete_all(record.name)
         self._records.delete(record.name)
-
-    def _init(self, record: Record) -> Process | None:
-        """The first process if it lives."""
-        process = Process(record.init_pid, record.init_ticks)
-        return process if record.init_pid and process.is_alive() else None
-
-
-def _processes(launched: Launched) -> dict[str, int]:
-    return {
-        "init_pid": launched.init.pid,
-        "init_ticks": launched.init.start_ticks,
-        "conmon_pid": launched.conmon.pid,
-        "conmon_ticks": launched.conmon.start_ticks,
-    }

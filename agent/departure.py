@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import guard, neighbours, oci
+from agent import guard, neighbours, oci, shm_folder
 from agent.assembly import interfaces, volume_name
 from agent.backlog import Backlog
 from agent.breakpoints import Breakpoints
@@ -28,6 +28,7 @@ from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
 from migrator import memory, smaps
 from migrator.criu import Criu, DumpRequest
+from migrator.errors import ExecutionError
 from migrator.memory import MemoryTracker
 from migrator.network import Neighbour
 from migrator.ports import Checkpoint, LeavingVolume
@@ -96,6 +97,18 @@ class Departing:
     def images(self) -> Path:
         """On the run folder's tmpfs."""
         return self._folder / "images"
+
+    def early_images(self) -> Sequence[Path]:
+        """What /dev/shm holds."""
+        folder = self._folder / "early"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            shm_folder.pack(self._paths.shm, folder)
+        except (OSError, ExecutionError) as error:
+            # A file that was removed at this moment, say: then it is sent when the container stands still.
+            log.info("packing /dev/shm early", container=self.name, reason=str(error))
+            return []
+        return [folder / shm_folder.DATA]
 
     @property
     def log(self) -> Path:

@@ -71,7 +71,7 @@ class Outgoings:
             epoch = max(known, above) + 1
             cursor.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (container, epoch))
             record = Outgoing(migration, container, destination, epoch)
-            _forget(cursor, "outgoing")
+            _forget(cursor, "outgoing", "destination", destination)
             cursor.execute(
                 "INSERT INTO outgoing (migration, container, destination, epoch, decision) VALUES (?, ?, ?, ?, ?)",
                 (migration, container, destination, record.epoch, record.decision),
@@ -146,7 +146,7 @@ class Incomings:
             wire.check_epoch(epoch, known)
             if cursor.execute("SELECT 1 FROM incoming WHERE migration = ?", (migration,)).fetchone():
                 raise HandoverError(f"migration {migration} was here before")
-            _forget(cursor, "incoming")
+            _forget(cursor, "incoming", "source", source)
             cursor.execute("INSERT OR REPLACE INTO epochs VALUES (?, ?)", (container, epoch))
             cursor.execute(
                 "INSERT INTO incoming (migration, container, source, epoch, stage) VALUES (?, ?, ?, ?, ?)",
@@ -234,9 +234,10 @@ def _epoch(cursor: Cursor, container: str) -> int:
     return int(row["epoch"]) if row else 0
 
 
-def _forget(cursor: Cursor, table: str) -> None:
-    """Finished records that nobody asks about any more, so that a table has a size."""
-    cursor.execute(f"DELETE FROM {table} WHERE finished AND rowid <= (SELECT max(rowid) FROM {table}) - {KEPT}")
+def _forget(cursor: Cursor, table: str, column: str, peer: str) -> None:
+    """Finished records of one peer that it does not ask about any more, so that a table has a size."""
+    newest = f"SELECT migration FROM {table} WHERE {column} = ? ORDER BY rowid DESC LIMIT {KEPT}"
+    cursor.execute(f"DELETE FROM {table} WHERE finished AND {column} = ? AND migration NOT IN ({newest})", (peer, peer))
 
 
 def _outgoing(row: Row) -> Outgoing:

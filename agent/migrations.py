@@ -15,7 +15,7 @@ from agent.database import Database
 from agent.departure import Departing
 from agent.journal import Outgoings
 from agent.managers import Managers
-from agent.peers import RemotePeer
+from agent.peers import RemotePeer, UnknownPeer
 from agent.places import Places
 from agent.turns import Turn
 from migrator import convergence, recovery
@@ -32,7 +32,7 @@ from migrator.errors import (
 )
 from migrator.handover import Outgoing
 from migrator.options import Options
-from migrator.ports import Peer
+from migrator.ports import Decider, Peer
 from migrator.progress import Progress
 from migrator.source import Departure, Here
 from migrator.v1 import migration_pb2, peer_pb2
@@ -299,7 +299,12 @@ class Migrations:
             departing = self._departing(self._managers.containers.record(record.container), record.migration)
         except NotFound:
             departing = None  # removed already; only the record was not finished
-        with RemotePeer(self._managers.config, record.destination) as peer:
+        with ExitStack() as connection:
+            peer: Decider
+            try:
+                peer = connection.enter_context(RemotePeer(self._managers.config, record.destination))
+            except NotFound as error:
+                peer = UnknownPeer(record.destination, error)
             recovery.carry_on(record.migration, self._here.host, departing, peer, self._outgoings, progress)
         # CRIU's images, if the agent died between making and removing them.
         shutil.rmtree(self._managers.migration_folder(record.migration), ignore_errors=True)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -24,7 +23,7 @@ from agent import namespaces
 from migrator import frames
 from migrator.errors import Precondition
 from migrator.network import Interface, NetworkError, check_unique, network_errors
-from migrator.rtnetlink import PORT_LEARNING, PORT_LOCKED, RouteSocket
+from migrator.rtnetlink import PORT_LEARNING, PORT_LOCKED, PORT_UNICAST_FLOOD, RouteSocket
 
 ALIAS = "migrator:"
 ANNOUNCE_AFTER_S = (0.05, 0.2, 1.0)
@@ -79,13 +78,15 @@ class Networks:
 
     def connect(self, container: str, interfaces: Sequence[Interface], *, learning: bool = True) -> None:
         """Attach the links to their bridges; repeatable. Without learning, the bridges do not follow the container's
-        frames: for an arrival, whose held traffic has to be replayed first (`TrafficHold.replay` turns it on)."""
+        frames, and send it nothing that is not known to be its own: for an arrival, whose held traffic has to be
+        replayed first (`TrafficHold.replay` turns both on)."""
         with network_errors(f"connecting {container}"):
             for number, interface in enumerate(interfaces):
                 index = socket.if_nametoindex(host_end(container, number))
                 self._route.set_master(index, socket.if_nametoindex(interface.bridge))
                 self._route.set_port(index, PORT_LOCKED, 0)
                 self._route.set_port(index, PORT_LEARNING, int(learning))
+                self._route.set_port(index, PORT_UNICAST_FLOOD, int(learning))
 
     def give_way(self, container: str, interfaces: Sequence[Interface]) -> None:
         """Let another host take the container's traffic: once it has announced the MACs, what the container's kernel
@@ -137,18 +138,6 @@ class Networks:
         stop = self._announcing.pop(container, None)
         if stop is not None:
             stop.set()
-
-    def containers(self) -> set[str]:
-        """Names of all containers of which this host has a namespace or a link, for the sweep after a restart."""
-        with network_errors("listing networks"), IPRoute() as route:
-            found = set(_marked_links(route))
-        for name in namespaces.names():
-            try:
-                if namespaces.inside(name, partial(_is_marked, name)):
-                    found.add(name)
-            except OSError:
-                continue  # not a namespace (any more): somebody else's file
-        return found
 
     def close(self) -> None:
         """Close the netlink socket and stop announcing; the networks stay."""
@@ -257,12 +246,6 @@ def _marked_links(route: IPRoute) -> dict[str, list[int]]:
         if alias.startswith(ALIAS):
             found.setdefault(alias.removeprefix(ALIAS).partition(":")[0], []).append(link["index"])
     return found
-
-
-def _is_marked(container: str) -> bool:
-    """In a namespace: whether its loopback carries our mark."""
-    with IPRoute() as route:
-        return any(link.get("ifalias") == f"{ALIAS}{container}" for link in route.get_links(ifname="lo"))
 
 
 def _delete_link(route: IPRoute, index: int) -> None:

@@ -267,6 +267,20 @@ def ask_destination(config: Config, record: Outgoing) -> peer_pb2.ArrivalStage:
         return peer.stage(record.migration, record.epoch)
 
 
+class UnknownPeer:
+    """A destination that the configuration does not name any more: it is as one that does not answer."""
+
+    def __init__(self, host: str, error: NotFound) -> None:
+        self.host = host
+        self._error = error
+
+    def stage(self, migration: str, epoch: int) -> peer_pb2.ArrivalStage:
+        raise self._error
+
+    def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse:
+        raise self._error
+
+
 def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:
     """What the source of an arrival has decided. Raises Unreachable if it does not answer."""
     request = peer_pb2.GetDecisionRequest(migration=record.migration, epoch=record.epoch)

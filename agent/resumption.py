@@ -11,10 +11,11 @@ from agent.network import Networks
 from agent.processes import Process
 from agent.runtime import Runtime
 from blockdev import filesystem
+from migrator.waiting import finishes
 
 CRIU_PROCESS = "criu.pid"
 """In the folder of the migration: the CRIU that dumps."""
-CRIU_ROLLBACK_S = 10.0
+CRIU_END_S = 5.0
 
 
 def resume_at_source(name: str, folder: Path, database: Database, runtime: Runtime, networks: Networks) -> None:
@@ -49,9 +50,11 @@ def resume(record: Record, folder: Path, runtime: Runtime, networks: Networks) -
 def _await_criu(folder: Path) -> None:
     """Wait until the CRIU of a dead agent has rolled back: it ends with the control group as it found it, frozen.
 
-    Killed half-way it would leave its own code in the tasks, so that is for one that does not come to an end.
+    Killed half-way it would leave its own code in the tasks, so that is for one that does nothing any more.
     """
     process = Process.noted(folder / CRIU_PROCESS)
-    if process is not None and not process.wait(CRIU_ROLLBACK_S):
+    if process is None or not process.is_alive():
+        return
+    if not finishes(process.pid):
         process.signal(signal.SIGKILL)
-        process.wait(CRIU_ROLLBACK_S)
+        process.wait(CRIU_END_S)

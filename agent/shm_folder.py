@@ -7,10 +7,11 @@ import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from blockdev import extents, filesystem, kernel
-from migrator.errors import PeerError
+from migrator.errors import ExecutionError, PeerError
+from migrator.images import read
 
 SIZE_BYTES = 64 << 20
 INDEX, DATA = "shm.json", "shm.img"
@@ -32,54 +33,75 @@ def unmount(at: Path) -> None:
 
 
 def pack(at: Path, images: Path) -> None:
-    """Write what is in there, which does not change any more, beside CRIU's images. Sockets are CRIU's."""
-    entries: list[dict[str, Any]] = []
+    """Write what is in there beside CRIU's images. Sockets are CRIU's.
+
+    Of a container that runs meanwhile it may be of different moments. Nothing outside is read, whatever the container
+    does. Raises OSError and ExecutionError for what is not there any more.
+    """
+    entries = [{"name": "."} | _described(at.lstat())]
     inodes: dict[int, str] = {}
     with (images / DATA).open("wb", buffering=0) as data:
-        for path in (at, *sorted(at.rglob("*"))):
-            status = path.lstat()
-            entry: dict[str, Any] = {
-                "name": str(path.relative_to(at)),
-                "mode": status.st_mode,
-                "owner": [status.st_uid, status.st_gid],
-                "mtime_ns": status.st_mtime_ns,
-            }
-            if stat.S_ISSOCK(status.st_mode):
-                continue
-            if stat.S_ISLNK(status.st_mode):
-                entry["target"] = str(path.readlink())
-            if stat.S_ISREG(status.st_mode):
-                if (first := inodes.setdefault(status.st_ino, entry["name"])) != entry["name"]:
-                    entry["same_as"] = first
-                else:
-                    entry["size"] = status.st_size
-                    entry["runs"] = _copy_out(path, data.fileno())
-            entries.append(entry)
+        for root, folders, files, descriptor in os.fwalk(at, onerror=_fail):
+            folders.sort()
+            for own in sorted([*folders, *files]):
+                entry = _entry(descriptor, own, data.fileno(), inodes, str((Path(root) / own).relative_to(at)))
+                if entry is not None:
+                    entries.append(entry)
     (images / INDEX).write_text(json.dumps(entries))
+
+
+def _entry(folder: int, own: str, data: int, inodes: dict[int, str], name: str) -> dict[str, Any] | None:
+    """`own` is its name in the folder, and `inodes` the first names of the files so far. None for a socket."""
+    status = os.stat(own, dir_fd=folder, follow_symlinks=False)
+    entry = {"name": name} | _described(status)
+    if stat.S_ISSOCK(status.st_mode):
+        return None
+    if stat.S_ISLNK(status.st_mode):
+        return entry | {"target": os.readlink(own, dir_fd=folder)}
+    if not stat.S_ISREG(status.st_mode):
+        return entry
+    if (first := inodes.setdefault(status.st_ino, name)) != name:
+        return entry | {"same_as": first}
+    # By now it may be a link, or a pipe without a writer.
+    file = os.open(own, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        opened = os.fstat(file)
+        if (opened.st_dev, opened.st_ino) != (status.st_dev, status.st_ino):
+            raise ExecutionError(f"{name!r} in /dev/shm is another file now")
+        return entry | {"size": opened.st_size, "runs": _copy_out(file, opened.st_size, data)}
+    finally:
+        os.close(file)
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error
+
+
+def _described(status: os.stat_result) -> dict[str, Any]:
+    return {"mode": status.st_mode, "owner": [status.st_uid, status.st_gid], "mtime_ns": status.st_mtime_ns}
 
 
 def unpack(images: Path, at: Path) -> None:
     """Make all of it anew in an empty tmpfs. The images are a peer's: raises PeerError for what `pack` never writes."""
     made: dict[str, str] = {}
     try:
-        entries = json.loads((images / INDEX).read_text())
+        entries = json.loads(read(images / INDEX))
         with (images / DATA).open("rb", buffering=0) as data:
             for entry in entries:
                 _make(at, entry, data.fileno(), made)
         # From the last to the first: what is made in a folder changes its time.
         for entry in reversed(entries):
             os.utime(at / entry["name"], ns=(entry["mtime_ns"], entry["mtime_ns"]), follow_symlinks=False)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, ExecutionError) as error:
         raise PeerError(f"what was in /dev/shm is not understood: {error}") from error
 
 
-def _copy_out(path: Path, data: int) -> list[list[int]]:
+def _copy_out(file: int, size: int, data: int) -> list[list[int]]:
     """Where its data was, start and end."""
     runs = []
-    with path.open("rb", buffering=0) as file:
-        for start, end in extents.allocated(file.fileno(), os.fstat(file.fileno()).st_size):
-            _copy(file.fileno(), start, end - start, data)
-            runs.append([start, end])
+    for start, end in extents.allocated(file, size):
+        _copy(file, start, end - start, data)
+        runs.append([start, end])
     return runs
 
 
@@ -129,6 +151,6 @@ def _copy(source: int, offset: int, length: int, target: int) -> None:
     while length:
         count = os.sendfile(target, source, offset, length)
         if count == 0:
-            raise PeerError("what was in /dev/shm ends too early")
+            raise ExecutionError("what was in /dev/shm ends too early")
         offset += count
         length -= count

@@ -6,7 +6,7 @@ import structlog
 
 from migrator.errors import MigratorError, Uncertain
 from migrator.handover import Outgoing, OutgoingJournal, Stage
-from migrator.ports import Peer
+from migrator.ports import Decider
 from migrator.progress import Progress
 from migrator.v1 import migration_pb2, peer_pb2
 
@@ -19,17 +19,17 @@ _BY_ANSWER = {Stage.OWNER: peer_pb2.OWNERSHIP_OWNER, Stage.REFUSED: peer_pb2.OWN
 log = structlog.get_logger()
 
 
-def ask_once(record: Outgoing, peer: Peer, journal: OutgoingJournal) -> peer_pb2.DecideResponse:
+def ask_once(record: Outgoing, peer: Decider, journal: OutgoingJournal) -> peer_pb2.DecideResponse:
     """Say `released` and return the answer, which is one. Raises Uncertain, or what the call has met."""
     answer = peer.decide(record.migration, record.epoch, peer_pb2.DECISION_RELEASED)
-    if answer.ownership == peer_pb2.OWNERSHIP_UNSPECIFIED:
+    if answer.ownership not in _BY_ANSWER.values():
         journal.heard(record.migration, "it has not decided yet")
         raise Uncertain(f"{record.destination} has not decided yet")
     return answer
 
 
 def ask(
-    record: Outgoing, here: str, peer: Peer, journal: OutgoingJournal, progress: Progress
+    record: Outgoing, here: str, peer: Decider, journal: OutgoingJournal, progress: Progress
 ) -> tuple[peer_pb2.DecideResponse, float]:
     """`ask_once` until there is an answer, the destination's own or an operator's. Returns it and its milliseconds."""
     patience = time.monotonic() + PATIENCE_S

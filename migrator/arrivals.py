@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 
 import structlog
 
@@ -29,6 +30,7 @@ class Arrivals:
         self._arrivals: dict[str, Arrival] = {}
         # Migration to container, until there is an arrival.
         self._preparing: dict[str, str] = {}
+        self._places = places
         self._line = Line(places)
         self._lock = threading.Lock()
 
@@ -144,10 +146,13 @@ class Arrivals:
             return sum(not arrival.is_over for arrival in self._arrivals.values())
 
     def _taken(self) -> int:
-        """Places in use. One that only waits for the word of a source that is gone is no load, and maybe for long."""
-        now = time.monotonic()
-        gone = [a for a in self._arrivals.values() if a.record.stage is Stage.READY and now - a.heard_at > GIVE_UP_S]
-        under_way = sum(not arrival.is_over for arrival in self._arrivals.values()) - len(gone)
+        """Places in use. One that only waits for the word of a source that is gone is no load, and maybe for long: but
+        of no source more than there are places, which have their memory here."""
+        now, arrivals = time.monotonic(), self._arrivals.values()
+        gone = Counter(
+            a.record.source for a in arrivals if a.record.stage is Stage.READY and now - a.heard_at > GIVE_UP_S
+        )
+        under_way = sum(not arrival.is_over for arrival in arrivals) - sum(min(n, self._places) for n in gone.values())
         return under_way + len(self._preparing.keys() - self._arrivals.keys())
 
     def _record(self, source: str, migration: str, epoch: int) -> Incoming:

@@ -24,6 +24,7 @@ from pycriu import rpc_pb2 as rpc
 from migrator.errors import ExecutionError
 from migrator.images import last_errors, rearm_timers
 from migrator.pageless import KNOWS_PAGES, Pageless
+from migrator.waiting import finishes
 
 MESSAGE_BYTES = 1 << 20
 GHOST_LIMIT_BYTES = 1 << 30
@@ -54,6 +55,7 @@ class DumpRequest:
 class Criu:
     """A waiting CRIU process; use as a context manager. At the end it rolls back, unless the tasks are dead by then."""
 
+    # Killed half-way it would leave its own code in the tasks: that is for one that does nothing for so long.
     ROLLBACK_S = 5.0
     KILL_S = 5.0
     # How often a dump that takes its time is asked about.
@@ -99,9 +101,9 @@ class Criu:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
-        try:
-            self._process.wait(self.ROLLBACK_S)
-        except subprocess.TimeoutExpired:
+        if finishes(self._process.pid, self.ROLLBACK_S):
+            self._process.wait()
+        else:
             self.kill()
 
     @property

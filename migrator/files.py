@@ -2,10 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from blockdev.blocks import Piece, split_zeros
+import xxhash
+
+from blockdev.blocks import ZERO_STEP_BYTES, Piece, split_zeros
 from migrator import wire
 from migrator.errors import PeerError
 from migrator.stream import MAX_PIECE_BYTES
@@ -29,6 +31,25 @@ def read_file(path: Path, start: int = 0) -> Iterator[Piece]:
             at += len(data)
 
 
+def digests(path: Path) -> list[bytes]:
+    """Of each block of 64 KiB, XXH3-128."""
+    return [xxhash.xxh3_128_digest(block) for block in _blocks(path)]
+
+
+def differing(path: Path, known: Sequence[bytes]) -> Iterator[Piece]:
+    """What is to be written to a file with these `digests` so that it begins as the one at `path` is. Zeros come as
+    bytes: what is there already would stay."""
+    for number, block in enumerate(_blocks(path)):
+        if number >= len(known) or known[number] != xxhash.xxh3_128_digest(block):
+            yield Piece(number * ZERO_STEP_BYTES, len(block), block)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=MAX_PIECE_BYTES) as file:
+        while block := file.read(ZERO_STEP_BYTES):
+            yield block
+
+
 def write_file(folder: Path, name: str, piece: Piece) -> None:
     """Store one piece of a file of that folder. Raises PeerError for a name or an offset that no image has."""
     if not IMAGE_NAME.fullmatch(name):
@@ -38,11 +59,11 @@ def write_file(folder: Path, name: str, piece: Piece) -> None:
     descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         end = piece.offset + piece.length
+        wire.check_room(descriptor, 0 if piece.data is None else piece.length)
         if piece.data is None:
             if os.fstat(descriptor).st_size < end:
                 os.ftruncate(descriptor, end)
         else:
-            wire.check_room(descriptor, piece.length)
             at, rest = piece.offset, memoryview(piece.data)
             while rest:
                 count = os.pwrite(descriptor, rest, at)

@@ -33,6 +33,7 @@ from migrator.network import Interface, NetworkError, network_errors
 from migrator.rtnetlink import (
     PORT_LEARNING,
     PORT_STATE,
+    PORT_UNICAST_FLOOD,
     STATE_DISABLED,
     STATE_FORWARDING,
     RouteSocket,
@@ -117,6 +118,7 @@ class TrafficHold:
                 for mac in macs:
                     self._route.move_mac(index, mac)
                 self._route.set_port(index, PORT_LEARNING, 1)
+                self._route.set_port(index, PORT_UNICAST_FLOOD, 1)
             self._collect(unicast_only=True)
             sent += self._send_held()
         self._reader = threading.Thread(target=self._pass_on_stragglers, name="traffic stragglers", daemon=True)

@@ -1,13 +1,30 @@
 """CRIU's images, where what CRIU writes has to be amended (criu.org/Images; CRIU 4.2)."""
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pycriu.images import fdinfo_pb2
 
+from migrator import wire
+
+# An image of which is asked, before it is read, whether there is room in memory for it and what is made of it.
+LARGE_BYTES, COPIES = 16 << 20, 8
 HEADER_BYTES = 8  # two magic numbers: of all images, and of the kind
 _LENGTH = struct.Struct("<I")
+
+
+def read(path: str | Path) -> bytes:
+    """All of an image, which may be a peer's and sparse. Raises FileNotFoundError, PeerError if it is too much."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > LARGE_BYTES:
+            wire.check_memory(COPIES * size)
+        return os.read(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 def rearm_timers(images: Path) -> None:

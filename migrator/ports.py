@@ -58,6 +58,10 @@ class LeavingContainer(Protocol):
     def images(self) -> Path:
         """A folder on a tmpfs for CRIU's images, empty at the start."""
 
+    def early_images(self) -> Sequence[Path]:
+        """Copies of what will be among the images after a dump, as it is now, which are worth sending before. They are
+        the caller's to delete."""
+
     @property
     def log(self) -> Path: ...
 
@@ -216,10 +220,19 @@ class ArrivalHost(Protocol):
         """The reservation that a former life of the agent made, and the state that the container had at the source."""
 
 
-class Peer(Protocol):
-    """The destination's agent as the source calls it; failures are Unreachable, or what the peer has raised."""
+class Decider(Protocol):
+    """The destination's agent where it is only about who has the container; failures as those of `Peer`."""
 
     host: str
+
+    def stage(self, migration: str, epoch: int) -> peer_pb2.ArrivalStage:
+        """How far it is; changes nothing there."""
+
+    def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse: ...
+
+
+class Peer(Decider, Protocol):
+    """The destination's agent as the source calls it; failures are Unreachable, or what the peer has raised."""
 
     def watch(self, check: Callable[[], None]) -> None:
         """Call this every few milliseconds while anything but `decide` waits; what it raises breaks off the call."""
@@ -242,8 +255,3 @@ class Peer(Protocol):
     def hold_traffic(self, migration: str, epoch: int, neighbours: Sequence[Neighbour]) -> None: ...
 
     def restore(self, migration: str, epoch: int, digests: Mapping[str, bytes]) -> Sequence[peer_pb2.TimedStep]: ...
-
-    def stage(self, migration: str, epoch: int) -> peer_pb2.ArrivalStage:
-        """How far it is; changes nothing there."""
-
-    def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse: ...

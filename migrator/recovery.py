@@ -12,7 +12,7 @@ from migrator import answers
 from migrator.destination import is_live
 from migrator.errors import MigratorError, RolledBack, Unreachable
 from migrator.handover import Decision, HandoverError, Outgoing, OutgoingJournal, Stage
-from migrator.ports import LeavingContainer, Peer
+from migrator.ports import Decider, LeavingContainer
 from migrator.progress import Progress
 from migrator.v1 import migration_pb2, peer_pb2
 
@@ -33,7 +33,7 @@ def carry_on(
     migration: str,
     here: str,
     container: LeavingContainer | None,
-    peer: Peer,
+    peer: Decider,
     journal: OutgoingJournal,
     progress: Progress,
 ) -> None:
@@ -79,12 +79,12 @@ def decision(journal: OutgoingJournal, record: Outgoing, *, is_worked_on: bool) 
     }[record.word]
 
 
-def _decide(record: Outgoing, peer: Peer, journal: OutgoingJournal, *, is_lost: bool) -> Outgoing:
+def _decide(record: Outgoing, peer: Decider, journal: OutgoingJournal, *, is_lost: bool) -> Outgoing:
     """A container whose memory is lost here, by a reboot say, is released to a destination that holds it complete."""
     return (journal.release if is_lost and _is_held_there(record, peer) else journal.abort)(record.migration)
 
 
-def _is_held_there(record: Outgoing, peer: Peer) -> bool:
+def _is_held_there(record: Outgoing, peer: Decider) -> bool:
     deadline = time.monotonic() + LOST_PATIENCE_S
     while True:
         try:
@@ -100,7 +100,7 @@ def _is_held_there(record: Outgoing, peer: Peer) -> bool:
         time.sleep(RETRY_S)
 
 
-def _answer(record: Outgoing, here: str, peer: Peer, journal: OutgoingJournal, progress: Progress) -> Stage:
+def _answer(record: Outgoing, here: str, peer: Decider, journal: OutgoingJournal, progress: Progress) -> Stage:
     """What the destination says to `released`. Silence decides nothing."""
     try:
         ownership = answers.ask_once(record, peer, journal).ownership
@@ -110,7 +110,7 @@ def _answer(record: Outgoing, here: str, peer: Peer, journal: OutgoingJournal, p
     return Stage.OWNER if ownership == peer_pb2.OWNERSHIP_OWNER else Stage.REFUSED
 
 
-def tell_aborted(peer: Peer, record: Outgoing, progress: Progress) -> None:
+def tell_aborted(peer: Decider, record: Outgoing, progress: Progress) -> None:
     """Best effort: a destination that does not hear it asks by itself, gets the same answer and cleans up."""
     try:
         peer.decide(record.migration, record.epoch, peer_pb2.DECISION_ABORTED)

@@ -2,16 +2,17 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 
 from migrator import convergence
 from migrator.convergence import Next, OnNoConverge, Round
 from migrator.disk import DiskCopy
 from migrator.errors import NotConverged
-from migrator.files import read_file
+from migrator.files import differing, digests, read_file
 from migrator.memory import Moment
 from migrator.memory_copy import MemoryCopy
 from migrator.options import Options
@@ -52,6 +53,8 @@ class Rounds:
         self._memory = memory
         self._progress = progress
         self._options = options
+        # Digests of images that were sent before the dump, by name.
+        self._early: dict[str, list[bytes]] = {}
         # What may be left when it stops; None if it stops whatever is left.
         self._limit_bytes: int | None = None
 
@@ -83,6 +86,8 @@ class Rounds:
 
     def hurry(self) -> None:
         """When all is ready to stop: send what was written meanwhile, until little is left or it stays as much."""
+        if not self._early:
+            self._send_early()
         deadline, before = time.monotonic() + LAST_ROUNDS_S, None
         for _ in range(LAST_ROUNDS):
             left = self._look_quickly()
@@ -97,6 +102,14 @@ class Rounds:
             self.disk.sync()
             if time.monotonic() - began < SHORT_SYNC_S:
                 break
+
+    def _send_early(self) -> None:
+        images = self._container.early_images()
+        if large := [image for image in images if image.stat().st_size > SMALL_BYTES]:
+            self._peer.send(self._large(self._sender(), large))
+            self._early = {image.name: digests(image) for image in large}
+        for image in images:
+            image.unlink()
 
     def stop(self, undo: ExitStack, stop_tasks: Callable[[], None]) -> None:
         """After `hurry`: stop the tasks. If much more was written meanwhile than rounds have shown, let them go on."""
@@ -141,8 +154,7 @@ class Rounds:
         images = [image for image in self._container.images.iterdir() if not image.is_symlink()]  # to the parent
         small = [image for image in images if image.stat().st_size <= SMALL_BYTES]
         yield from sender.files("images", ((image.name, image.read_bytes()) for image in small))
-        for image in set(images).difference(small):
-            yield from sender.requests(f"image/{image.name}", read_file(image))
+        yield from self._large(sender, set(images).difference(small))
 
     def _look(self) -> int:
         """What a round would have to send now, in bytes."""
@@ -164,6 +176,13 @@ class Rounds:
     def _changed(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         if self._memory:
             yield from self._memory.requests(sender)
+
+    def _large(self, sender: Sender, images: Iterable[Path]) -> Iterator[peer_pb2.SendRequest]:
+        """Of those that were sent before: what has changed."""
+        for image in images:
+            known = self._early.get(image.name)
+            pieces = read_file(image) if known is None else differing(image, known)
+            yield from sender.requests(f"image/{image.name}", pieces)
 
     def _throttle(self, undo: ExitStack, share: float | None, done: list[Round], left: int) -> None:
         name = self._container.name

@@ -35,6 +35,7 @@ _NDMSG = struct.Struct("=BxxxiHBB")
 
 PORT_STATE = 1
 PORT_LEARNING = 8
+PORT_UNICAST_FLOOD = 9
 PORT_LOCKED = 39
 """Frames from a MAC that the bridge knows to be at another port are dropped, and teach it nothing; kernel >= 5.18."""
 

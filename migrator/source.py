@@ -20,24 +20,17 @@ from blockdev.errors import BlockError
 from migrator import answers, disk, faults, line, recovery, snapshots, verify
 from migrator.destination import FAILURES, is_live
 from migrator.disk import DiskCopy
-from migrator.errors import (
-    Cancelled,
-    ExecutionError,
-    MigratorError,
-    PeerError,
-    Precondition,
-    RolledBack,
-    TimedOut,
-)
-from migrator.files import read_file
+from migrator.errors import ExecutionError, MigratorError, Precondition
 from migrator.handover import Decision, HandoverError, Outgoing, OutgoingJournal, Stage
 from migrator.memory_copy import MemoryCopy
 from migrator.options import Options
+from migrator.outbox import Outbox
+from migrator.outcome import as_migrator_error, verdict
 from migrator.ports import Checkpoint, LeavingContainer, Peer
 from migrator.progress import Progress
 from migrator.rounds import Rounds
 from migrator.snapshots import SnapshotCopy
-from migrator.stream import Digests, Meter, Sender
+from migrator.stream import Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
 FEATURES = ("send-v1", snapshots.FEATURE, line.FEATURE, disk.FEATURE)
@@ -86,12 +79,9 @@ class Departure:
         self._progress = progress
         self._options = options
         self._live = is_live(container.state)
-        self._digests = Digests()
-        self._meter = Meter(options.bandwidth_bytes_per_s)
         self._snapshots = SnapshotCopy(container.snapshots)
         self._features: Sequence[str] = ()
         self._planned_bytes = 0
-        self._log_bytes = 0
         self._epoch = 0
         self._frozen_at = 0.0
         self._failed_at = 0.0
@@ -133,13 +123,15 @@ class Departure:
 
     def _move(self, known_epoch: int) -> None:
         self._epoch = self._journal.begin(self._name, self._container.name, self._peer.host, known_epoch).epoch
+        bandwidth = self._options.bandwidth_bytes_per_s
+        outbox = Outbox(self._name, self._epoch, self._progress, self._planned_bytes, bandwidth)
         phase = self._progress.phase
         with ExitStack() as undo:
             try:
                 with phase("prepare"):
                     prepared = self._prepare(undo)
                 with phase("precopy"):
-                    rounds = self._precopy(undo, prepared)
+                    rounds = self._precopy(undo, prepared, outbox)
                     rehearsal = undo.enter_context(self._rehearse())
                     if self._live:
                         with self._progress.step("last rounds"):
@@ -147,9 +139,9 @@ class Departure:
                 with phase("freeze"):
                     self._freeze(undo, prepared.checkpoint, rounds, rehearsal)
                 with phase("final"):
-                    self._final(rounds.disk)
+                    self._final(rounds.disk, outbox)
                 with phase("restore"):
-                    self._restore()
+                    self._restore(outbox)
                 self._progress.commit()
             except BaseException as error:
                 self._failure = error if isinstance(error, FAILURES) else None
@@ -224,14 +216,14 @@ class Departure:
         checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))
         return _Prepared(prepared.has_base, memory, checkpoint)
 
-    def _precopy(self, undo: ExitStack, prepared: _Prepared) -> Rounds:
+    def _precopy(self, undo: ExitStack, prepared: _Prepared, outbox: Outbox) -> Rounds:
         """The disk, the memory, and the log so far, while the container runs."""
         container, peer = self._container, self._peer
         batched = disk.FEATURE in self._features
         copy = DiskCopy(container, undo, batched=batched, check=self._progress.check)
         if not copy.is_quick:
             self._progress.note("the disk is read whole while the container stands still: see migrator doctor")
-        sender = self._sender()
+        sender = outbox.sender()
         has_bases = [*container.volumes][: 1 if prepared.has_base else 0]
         if container.snapshots:
             self._send_snapshots(sender)
@@ -239,11 +231,11 @@ class Departure:
         bases = {}
         for index, volume in enumerate(has_bases):
             target = f"volume/{index}"
-            runs = peer.digest_volume(self._name, self._epoch, target, verify.BLOCK_BYTES)
+            runs = self._digests_there(target, verify.BLOCK_BYTES)
             bases[target] = verify.chunks(runs, volume.size_bytes, verify.BLOCK_BYTES)
         peer.send(copy.first_pass(sender, bases))
-        peer.send(self._log(sender))
-        rounds = Rounds(container, peer, self._sender, copy, prepared.memory, self._progress, self._options)
+        peer.send(outbox.log(sender, container.log))
+        rounds = Rounds(container, peer, outbox.sender, copy, prepared.memory, self._progress, self._options)
         rounds.converge(undo)
         faults.point("source.precopy")
         return rounds
@@ -299,32 +291,22 @@ class Departure:
             with step("images"):
                 sent.result()
 
-    def _final(self, copy: DiskCopy) -> None:
+    def _final(self, copy: DiskCopy, outbox: Outbox) -> None:
         """The disk's last delta; nothing changes any more."""
-        sender = self._sender()
+        sender = outbox.sender()
         copy.collect()
-        self._peer.send(chain(copy.requests(sender), self._log(sender)))
+        self._peer.send(chain(copy.requests(sender), outbox.log(sender, self._container.log)))
         if self._options.verify:
             with self._progress.step("verify"):
-                self._verify(copy)
+                verify.compare(copy.sizes, copy.digests(), self._digests_there)
         faults.point("source.final")
 
-    def _verify(self, copy: DiskCopy) -> None:
-        def ask(target: str, size_bytes: int) -> dict[int, bytes]:
-            runs = self._peer.digest_volume(self._name, self._epoch, target, verify.CHUNK_BYTES)
-            return verify.chunks(runs, size_bytes, verify.CHUNK_BYTES)
+    def _digests_there(self, target: str, chunk_bytes: int) -> Iterator[peer_pb2.DigestVolumeResponse]:
+        return self._peer.digest_volume(self._name, self._epoch, target, chunk_bytes)
 
-        with ThreadPoolExecutor(1) as beside:
-            theirs = {target: beside.submit(ask, target, size) for target, size in copy.sizes.items()}
-            for target, ours in copy.digests():
-                if ours != (there := theirs[target].result()):
-                    first = min(number for number in {*ours, *there} if ours.get(number) != there.get(number))
-                    at = first * verify.CHUNK_BYTES
-                    raise PeerError(f"{target} differs at the two ends, first within 64 MiB from {at}", reason="VERIFY")
-
-    def _restore(self) -> None:
+    def _restore(self, outbox: Outbox) -> None:
         self._progress.check()
-        self._progress.steps(self._peer.restore(self._name, self._epoch, self._digests.all()))
+        self._progress.steps(self._peer.restore(self._name, self._epoch, outbox.digests.all()))
         faults.point("source.ready")
 
     def _handover(self) -> None:
@@ -385,29 +367,6 @@ class Departure:
         except (MigratorError, OSError) as error:
             log.error("killing the moved copy", migration=self._name, reason=str(error))
 
-    def _log(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
-        """What conmon has written since the last call."""
-        if self._container.log.exists():
-            for piece in read_file(self._container.log, self._log_bytes):
-                self._log_bytes = piece.offset + piece.length
-                yield from sender.requests("log", [piece])
-
-    def _sender(self) -> Sender:
-        return Sender(self._name, self._epoch, self._digests, self._meter, self._sent)
-
-    def _sent(self) -> None:
-        """After each piece: stop if asked to, and say how far it is."""
-        faults.point("source.piece")
-        self._progress.check()
-        content = self._meter.content_bytes
-        copied = content.get("volume", 0) + content.get("snapshot", 0)
-        self._progress.sent(
-            memory=sum(content.get(kind, 0) for kind in ("memory", "shared", "image", "images")),
-            disk=copied,
-            wire=self._meter.wire_bytes,
-            part=copied / self._planned_bytes if self._planned_bytes else 1.0,
-        )
-
     def _resume(self) -> None:
         """The one place that thaws: never against the record."""
         record = self._journal.get(self._name)
@@ -430,32 +389,4 @@ class Departure:
         self._journal.finish(self._name)
 
     def _end(self, error: MigratorError | None) -> None:
-        """The outcome, by what the record says; `migrator.recovery` carries on what is not finished."""
-        record = self._journal.get(self._name)
-        end = self._progress.end
-        if record is not None and record.may_destroy:
-            end(migration_pb2.OUTCOME_MIGRATED, self._peer.host)
-        elif record is not None and record.decision is Decision.RELEASED and record.answer is None:
-            end(migration_pb2.OUTCOME_UNCERTAIN, "", answers.uncertain(record, self._here.host, str(error)))
-        elif error is not None:
-            end(*self._verdict(error))
-
-    def _verdict(self, error: MigratorError) -> tuple[migration_pb2.Outcome, str, MigratorError]:
-        """Outcome, place and error of a migration that did not happen."""
-        here = self._here.host
-        if self._live and self._container.has_ended():
-            ended = RolledBack(f"{self._container.name} ended while it was moved: {error}", reason="CONTAINER_ENDED")
-            return migration_pb2.OUTCOME_CONTAINER_ENDED, here, ended
-        if isinstance(error, Cancelled):
-            return migration_pb2.OUTCOME_CANCELLED, here, error
-        if isinstance(error, TimedOut):
-            return migration_pb2.OUTCOME_TIMED_OUT, here, error
-        if isinstance(error, RolledBack):
-            return migration_pb2.OUTCOME_ROLLED_BACK, here, error
-        back = RolledBack(f"{error}. {self._container.name} goes on at {here} as before", reason=error.reason)
-        return migration_pb2.OUTCOME_ROLLED_BACK, here, back
-
-
-def as_migrator_error(error: BaseException) -> MigratorError:
-    """Errors of the disk and of the kernel as those that clients know."""
-    return error if isinstance(error, MigratorError) else ExecutionError(str(error))
+        self._progress.end(*verdict(self._journal.get(self._name), error, self._container, self._here.host))

@@ -1,6 +1,7 @@
 """What a volume holds, as digests of its chunks that do not depend on which of its zeros are holes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
@@ -19,6 +20,8 @@ _RUN = 1024
 
 Chunks = Mapping[int, bytes]
 """Number of a chunk to its digest; a chunk of zeros is not there."""
+Ask = Callable[[str, int], Iterable[peer_pb2.DigestVolumeResponse]]
+"""Has the other end read the volume of a target, in chunks of so many bytes."""
 
 
 def digests(descriptor: int, image: int, size_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
@@ -80,6 +83,21 @@ def chunks(runs: Iterable[peer_pb2.DigestVolumeResponse], size_bytes: int, chunk
                 raise PeerError(f"a digest of chunk {number} in a volume of {size_bytes} bytes")
             found[number] = digest
     return found
+
+
+def compare(sizes: Mapping[str, int], ours: Iterable[tuple[str, Chunks]], ask: Ask) -> None:
+    """Compare whole volumes at both ends, by target. Raises PeerError for one that differs."""
+    with ThreadPoolExecutor(1) as beside:
+        asked = {target: beside.submit(_chunks_there, ask, target, size) for target, size in sizes.items()}
+        for target, here in ours:
+            if here != (there := asked[target].result()):
+                first = min(number for number in {*here, *there} if here.get(number) != there.get(number))
+                at = first * CHUNK_BYTES
+                raise PeerError(f"{target} differs at the two ends, first within 64 MiB from {at}", reason="VERIFY")
+
+
+def _chunks_there(ask: Ask, target: str, size_bytes: int) -> Chunks:
+    return chunks(ask(target, CHUNK_BYTES), size_bytes, CHUNK_BYTES)
 
 
 def differing(pieces: Iterable[Piece], base: Chunks) -> Iterator[Piece]:

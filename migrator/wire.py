@@ -52,7 +52,8 @@ def check_room(descriptor: int, wanted_bytes: int) -> None:
     """Whether the file system of this file has so much left for a stranger. Raises PeerError (NO_SPACE)."""
     status = os.fstatvfs(descriptor)
     free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
-    if free - wanted_bytes < min(LARGEST_RESERVE_BYTES, total // RESERVE_PART):
+    few_files = status.f_favail < status.f_files // RESERVE_PART  # none are counted where there is no limit
+    if few_files or free - wanted_bytes < min(LARGEST_RESERVE_BYTES, total // RESERVE_PART):
         raise PeerError(f"the destination's file system is nearly full: {free >> 20} MiB are left", reason="NO_SPACE")
 
 

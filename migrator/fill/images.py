@@ -9,18 +9,18 @@ This runs while the container is frozen.
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from pycriu.images import mm_pb2, pagemap_pb2
 
+from migrator import wire
 from migrator.errors import ExecutionError
 from migrator.fill import store as page_store
 from migrator.fill.spaces import Segment
 from migrator.fill.store import PAGE_BYTES
-from migrator.images import HEADER_BYTES, entries, joined
+from migrator.images import HEADER_BYTES, entries, joined, read
 
 # CRIU counts pages of a lazy entry in an int of bytes.
 LARGEST_ENTRY_BYTES = 64 << 20
@@ -33,17 +33,6 @@ _OF_THE_KERNEL = _VSYSCALL | _VDSO | _VVAR | _AIO_RING | _SHADOW_STACK
 _PIECE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What the restore will find: how much the fill maps, and how much is in the pages files."""
-
-    lazy_bytes: int = 0
-    eager_bytes: int = 0
-
-    def __add__(self, other: "Prepared") -> "Prepared":
-        return Prepared(self.lazy_bytes + other.lazy_bytes, self.eager_bytes + other.eager_bytes)
-
-
 class _Range(NamedTuple):
     start: int
     end: int
@@ -51,20 +40,18 @@ class _Range(NamedTuple):
     vdso: bool
 
 
-def prepare(images: Path, store: Path) -> Prepared:
+def prepare(images: Path, store: Path) -> None:
     """Amend the images of all processes and take the link to their parent away.
 
     Raises ExecutionError where they do not fit together, or the store lacks what no process can start without.
     """
-    total = Prepared()
     for name in os.listdir(images):  # noqa: PTH208  # half the time of Path.iterdir
         if name.startswith("pagemap-") and name[8:-4].isdecimal():
-            total += prepare_process(images, store, int(name[8:-4]))
+            prepare_process(images, store, int(name[8:-4]))
     (images / "parent").unlink(missing_ok=True)
-    return total
 
 
-def prepare_process(images: Path, store: Path, pid: int) -> Prepared:
+def prepare_process(images: Path, store: Path, pid: int) -> None:
     """Amend the images of one process; `pid` is that in the container's pid namespace. Raises as `prepare` does."""
     path = f"{images}/pagemap-{pid}.img"
     content = _read(path)
@@ -73,27 +60,22 @@ def prepare_process(images: Path, store: Path, pid: int) -> Prepared:
     mappings = _mappings(images, pid)
     pages = f"{images}/pages-{pagemap_pb2.pagemap_head.FromString(head).pages_id}.img"
     amended = [head]
-    lazy_bytes = eager_bytes = 0
     with _Pages(pages, page_store.path_of(store, pid)) as output:
         for entry, start, end in _entries(messages):
             # A plain dump marks what could be lazy, and writes it all the same.
             if entry.flags & _PRESENT or not entry.flags & (_PARENT | _LAZY):
                 amended.append(_entry(start, end, _PRESENT))
                 output.keep(end - start)
-                eager_bytes += end - start
                 continue
             for piece in _pieces(mappings, start, end, pid):
                 if piece.lazy:
                     amended.append(_entry(piece.start, piece.end, _LAZY))
-                    lazy_bytes += piece.end - piece.start
                 else:
                     amended.append(_entry(piece.start, piece.end, _PRESENT))
                     output.copy(piece.start, piece.end)
-                    eager_bytes += piece.end - piece.start
                     if piece.vdso:
                         output.expect_data(piece.start, "[vdso]")
     _write(path, content[:HEADER_BYTES] + joined(amended))
-    return Prepared(lazy_bytes, eager_bytes)
 
 
 def lazy_segments(images: Path, pid: int) -> list[Segment]:
@@ -135,7 +117,10 @@ class _Pages:
                     os.close(descriptor)
 
     def keep(self, length: int) -> None:
-        """Take over what the file had next."""
+        """Take over what the file had next. Raises ExecutionError if it is shorter."""
+        end = 0 if self._old is None else os.fstat(self._old).st_size
+        if self._offset + length > end:
+            raise ExecutionError("the images do not fit together: a file of pages is too short")
         self._append(self._old, self._offset, length)
         self._offset += length
 
@@ -160,6 +145,7 @@ class _Pages:
     def _flush(self) -> None:
         data = b"".join(self._waiting)
         self._waiting = []
+        wire.check_room(self._new, len(data))
         view = memoryview(data)
         while view:
             view = view[os.write(self._new, view) :]
@@ -225,13 +211,9 @@ def _open_if_there(path: str | Path) -> int | None:
 
 def _read(path: str) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return read(path)
     except FileNotFoundError as error:
         raise ExecutionError(f"the images do not fit together: {path} is missing") from error
-    try:
-        return os.read(descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: str, content: bytes) -> None:

@@ -19,8 +19,8 @@ from migrator.fill.userfault import Event, Message
 _MESSAGES = 64
 _RECORD_BYTES = 64
 _HEADER = struct.Struct("=QIIQ")  # read, index in it, space, and the child's number
-# finished, number of the read, and the space that is read
-_STATE = struct.Struct("=QQQ")
+# number of the read, and the space that is read
+_STATE = struct.Struct("=QQ")
 _INBOX = mmap.PAGESIZE
 
 
@@ -42,23 +42,13 @@ class Journal:
         self._log = os.memfd_create("fill-journal")
         self._records = 0
 
-    @property
-    def finished(self) -> bool:
-        """Whether everything was filled."""
-        return bool(_STATE.unpack_from(self._shared)[0])
-
-    def finish(self) -> None:
-        """Note that everything was filled."""
-        _, number, space = _STATE.unpack_from(self._shared)
-        _STATE.pack_into(self._shared, 0, 1, number, space)
-
     def read(self, descriptor: int, space: int) -> list[Message]:
         """The messages that a userfaultfd has; none if there are none now.
 
         Each that changes mappings is to be recorded; then they are to be `settled`.
         """
-        finished, number, _ = _STATE.unpack_from(self._shared)
-        _STATE.pack_into(self._shared, 0, finished, number + 1, space)
+        number, _ = _STATE.unpack_from(self._shared)
+        _STATE.pack_into(self._shared, 0, number + 1, space)
         try:
             os.readv(descriptor, [self._inbox])
         except BlockingIOError:
@@ -74,7 +64,7 @@ class Journal:
 
         Faults among them are left out: who waits is to be woken.
         """
-        _, number, space = _STATE.unpack_from(self._shared)
+        number, space = _STATE.unpack_from(self._shared)
         last = max((place for place, _ in self._recorded()), default=(0, 0))
         left = [
             (index, message)
@@ -85,7 +75,7 @@ class Journal:
 
     def record(self, index: int, change: Change) -> None:
         """Keep a change that was message `index` of the last read."""
-        _, number, _ = _STATE.unpack_from(self._shared)
+        number, _ = _STATE.unpack_from(self._shared)
         header = _HEADER.pack(number, index, change.space, change.child)
         message = bytes(self._inbox[index * userfault.MESSAGE_BYTES : (index + 1) * userfault.MESSAGE_BYTES])
         # Records do not straddle pages: a write of one is done whole or not at all.

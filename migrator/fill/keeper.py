@@ -23,7 +23,7 @@ from migrator.fill import store as page_store
 from migrator.fill.cgroups import end_lost
 from migrator.fill.journal import Journal
 from migrator.fill.messages import Kind, Packet
-from migrator.fill.status import State, Status, hold
+from migrator.fill.status import Hold, State, Status
 from migrator.fill.worker import LostChild, Worker
 from migrator.waiting import readable
 
@@ -48,6 +48,7 @@ class Keeper:
 
     def __init__(self, places: Places) -> None:
         self._places = places
+        self._hold = Hold(places.status)
         self._journal = Journal()
         self._tasks: dict[int, int | None] = {}
         self._descriptors: dict[int, int] = {}
@@ -61,7 +62,6 @@ class Keeper:
     def run(self) -> int:
         """Returns the exit code: 0 when all is filled, 1 when it cannot be; the container is killed then."""
         signal.signal(signal.SIGTERM, self._terminate)
-        hold(self._places.status)
         self._listening = criu_socket.listen(self._places.work)
         self._watch(self._listening.fileno(), self._accept)
         self._start_guard()
@@ -132,6 +132,9 @@ class Keeper:
                 self._places.images, self._places.store, self._journal, keeper, self._tasks, self._descriptors,
                 restored=self._restored,
             ).run()  # fmt: skip
+            # In this order: who hears of the end may rely on it.
+            self._hold.finish()
+            messages.send(keeper, Packet(Kind.END))
         except LostChild:
             return _LOST
         return 0
@@ -204,7 +207,7 @@ class Keeper:
                 self._descriptors[packet.space] = packet.descriptor
         if worker is not None:
             readable([worker])
-        if self._journal.finished:
+        if self._hold.finished:
             Status(State.DONE).write(self._places.status)
         elif self._descriptors:
             self._kill("the fill was lost: its keeper and its worker ended")
@@ -234,7 +237,9 @@ class Keeper:
             sys.exit(128 + signal.SIGTERM)
 
     def _tell_status(self, state: State) -> None:
-        Status(state, self._left(), self._restarts).write(self._places.status)
+        # For who looks on: a full file system is no reason to end.
+        with contextlib.suppress(OSError):
+            Status(state, self._left(), self._restarts).write(self._places.status)
 
     def _left(self) -> int:
         return page_store.all_held_bytes(self._places.store)

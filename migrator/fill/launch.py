@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from migrator.errors import ExecutionError
 from migrator.fill.keeper import Places
@@ -12,11 +13,14 @@ from migrator.fill.status import State, Status
 LOG = "fill.log"
 
 
-def launch(places: Places, timeout_s: float = 120.0) -> "subprocess.Popen[bytes]":
+def launch(
+    places: Places, started: Callable[[int], None] = lambda _: None, timeout_s: float = 120.0
+) -> "subprocess.Popen[bytes]":
     """Start the fill and return it once `criu restore --lazy-pages` may start with the same work directory.
 
     It is in a session of its own and outlives this process. It takes about 0.2 s: before the freeze. The images need
-    not be there yet. SIGTERM ends it as long as no restore has begun. Raises ExecutionError if it does not come up.
+    not be there yet. `started` is told its pid at once. SIGTERM ends it as long as no restore has begun. Raises
+    ExecutionError if it does not come up.
     """
     places.status.unlink(missing_ok=True)
     log = os.open(places.work / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -31,6 +35,7 @@ def launch(places: Places, timeout_s: float = 120.0) -> "subprocess.Popen[bytes]
         )
     finally:
         os.close(log)
+    started(process.pid)
     deadline = time.monotonic() + timeout_s
     while Status.read(places.status).state == State.STARTING:
         ended = process.poll() is not None

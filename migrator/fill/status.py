@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+_GOING_ON, _FINISHED = b"0", b"1"
+
 
 class State(enum.StrEnum):
     """In this order; the last two are ends."""
@@ -44,14 +46,29 @@ class Status:
         return cls(State(values["state"]), values["left_bytes"], values["restarts"], values["reason"])
 
 
-def hold(path: Path) -> None:
-    """Until this process and all that are forked from it have ended, `is_held` for the status that they write there."""
-    fcntl.flock(_lock(path), fcntl.LOCK_EX)
+class Hold:
+    """A lock beside the status, of this process and of all that are forked from it; and one word that needs no room."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = os.open(_beside(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        os.pwrite(self._lock, _GOING_ON, 0)
+
+    def finish(self) -> None:
+        """Note that everything was filled: that counts even if nobody can write the status any more."""
+        os.pwrite(self._lock, _FINISHED, 0)
+
+    @property
+    def finished(self) -> bool:
+        return os.pread(self._lock, 1, 0) == _FINISHED
 
 
 def is_held(path: Path) -> bool:
     """Whether somebody is left who may still write the status."""
-    lock = _lock(path)
+    try:
+        lock = os.open(_beside(path), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -61,5 +78,13 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def _lock(path: Path) -> int:
-    return os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def has_finished(path: Path) -> bool:
+    """Whether one that is not held any more had filled everything."""
+    try:
+        return _beside(path).read_bytes() == _FINISHED
+    except FileNotFoundError:
+        return False
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")

@@ -82,8 +82,6 @@ class Worker:
             self._answer_postponed()
             if self._restored:
                 self._fill_some()
-        self._journal.finish()
-        self._tell(Packet(Kind.END))
 
     # What the keeper says
 

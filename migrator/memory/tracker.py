@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Protocol
 
 from blockdev.blocks import Batch
-from blockdev.extents import Range, total
+from blockdev.extents import Range
 from migrator.memory.mappings import Mapping
 from migrator.memory.processes import ProcessKey
 from migrator.memory.shared import ObjectKey
@@ -77,10 +77,6 @@ class Collected:
     direct_io: list[ProcessKey] = field(default_factory=list)
     unseen: list[Range] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def written_bytes(self) -> int:
-        """In all of them."""
-        return sum(total(item.written) for item in self.processes) + sum(total(item.written) for item in self.shared)
 
 
 class MemoryTracker(Protocol):

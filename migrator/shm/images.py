@@ -21,7 +21,7 @@ from pycriu.images import fdinfo_pb2, ipc_shm_pb2, memfd_pb2, mm_pb2, pagemap_pb
 from blockdev import extents
 from blockdev.extents import Range
 from migrator.errors import ExecutionError
-from migrator.images import HEADER_BYTES, entries, joined
+from migrator.images import HEADER_BYTES, entries, joined, read
 from migrator.memory.pagemap import PAGE_BYTES
 from migrator.shm.store import SharedStore
 
@@ -140,7 +140,7 @@ def _amend_memfds(images: Path, store: SharedStore) -> Amended:
             inherited.append(Inherited(f"/memfd:{clone.name}", descriptor, os.O_RDWR in modes, position))
             next_id += 1
     _write(images / "files.img", header, [file.SerializeToString() for file in files])
-    head = (images / "memfd.img").read_bytes()[:HEADER_BYTES]
+    head = read(images / "memfd.img")[:HEADER_BYTES]
     _write(images / "memfd.img", head, [inode.SerializeToString() for inode in amended])
     return Amended(inherited, seals)
 
@@ -163,7 +163,7 @@ def _mapped(images: Path) -> dict[int, set[int]]:
     """The ids of files that mappings of memfds are of, with the access modes of these."""
     found: dict[int, set[int]] = defaultdict(set)
     for path in images.glob("mm-*.img"):
-        for message in entries(path.read_bytes()):
+        for message in entries(read(path)):
             for vma in mm_pb2.mm_entry.FromString(message).vmas:
                 if vma.status & _VMA_MEMFD:
                     found[vma.shmid].add(vma.fdflags & os.O_ACCMODE)
@@ -172,33 +172,33 @@ def _mapped(images: Path) -> dict[int, set[int]]:
 
 def _read_inodes(path: Path) -> list[memfd_pb2.memfd_inode_entry]:
     try:
-        content = path.read_bytes()
+        content = read(path)
     except FileNotFoundError:
         return []
     return [memfd_pb2.memfd_inode_entry.FromString(message) for message in entries(content)]
 
 
 def _read_files(path: Path) -> tuple[bytes, list[fdinfo_pb2.file_entry]]:
-    content = path.read_bytes()
+    content = read(path)
     return content[:HEADER_BYTES], [fdinfo_pb2.file_entry.FromString(message) for message in entries(content)]
 
 
 def _system_v_ids(path: Path) -> Iterator[int]:
-    for message in entries(path.read_bytes()):
+    for message in entries(read(path)):
         yield ipc_shm_pb2.ipc_shm_entry.FromString(message).desc.id
 
 
 def _has_pages(images: Path, number: int) -> bool:
     """Whether CRIU has dumped the contents itself: it knew the object and the source did not."""
     path = images / f"pagemap-shmem-{number}.img"
-    return path.exists() and len(list(entries(path.read_bytes()))) > 1
+    return path.exists() and len(list(entries(read(path)))) > 1
 
 
 def _write_pages(images: Path, number: int, descriptor: int) -> None:
     """The object's contents as CRIU's images, beginning from those without any that CRIU has written."""
     path = images / f"pagemap-shmem-{number}.img"
     try:
-        content = path.read_bytes()
+        content = read(path)
     except FileNotFoundError:
         return  # of no size
     messages = list(entries(content))

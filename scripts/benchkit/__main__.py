@@ -22,7 +22,6 @@ from labkit.hosts import CHECKOUT
 FOLDER = Path("/var/lib/migrator-bench")
 OUT = CHECKOUT / "build/bench"
 PUBLISHED = CHECKOUT / "docs"
-# Four copies of the largest container: at the source, in images at both ends, and at the destination.
 
 
 def arguments(words: list[str]) -> argparse.Namespace:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from agent.handovers import Handovers
+from agent.peers import UnknownPeer
 from migrator import answers, recovery
-from migrator.errors import MigratorError, NotFound, Precondition
+from migrator.errors import MigratorError, NotFound, Precondition, Uncertain
 from migrator.handover import Decision, Incoming, Outgoing
+from migrator.ports import Decider
 from migrator.progress import Progress
 from migrator.v1 import migration_pb2, peer_pb2
 from tests.fakes.ends import Died, Fault
@@ -66,9 +68,11 @@ def operated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operat
         yield Operated(pair)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not named any more"])
 @pytest.mark.parametrize(("keep", "moved"), [(HERE, False), (THERE, True)])
-def test_the_destination_is_gone(operated: Operated, keep: "migration_pb2.Keep", moved: bool) -> None:
+def test_the_destination_is_gone(operated: Operated, keep: "migration_pb2.Keep", moved: bool, named: bool) -> None:
     pair = operated.pair
+    peer: Decider = pair.peer if named else UnknownPeer("b", NotFound("no peer is called b", reason="UNKNOWN_HOST"))
     migration, progress = operated.waits_at_the_source()
     source, _ = operated.at
     found = source.get("ct")
@@ -76,11 +80,11 @@ def test_the_destination_is_gone(operated: Operated, keep: "migration_pb2.Keep",
     assert (found.migration, found.heard, found.peer_answers) == (migration, "it is ready", False)
     assert found.heard_time.seconds >= found.since_time.seconds > 0
     with pytest.raises(MigratorError):
-        recovery.carry_on(migration, "a", pair.container, pair.peer, pair.outgoings, progress)
+        recovery.carry_on(migration, "a", pair.container, peer, pair.outgoings, progress)
     assert not pair.world.source_runs
 
     source.resolve("ct", found.epoch, keep)
-    recovery.carry_on(migration, "a", pair.container, pair.peer, pair.outgoings, progress)
+    recovery.carry_on(migration, "a", pair.container, peer, pair.outgoings, progress)
     assert pair.world.source_runs == (not moved)
     if not moved:
         assert progress.snapshot().reason == "RESOLVED"
@@ -110,6 +114,19 @@ def test_the_source_is_gone(operated: Operated, keep: "migration_pb2.Keep", move
     pair.source_is_up = True
     pair.carry_on(migration, progress)
     assert pair.expect_settled() == moved
+
+
+def test_an_answer_that_is_none_decides_nothing(operated: Operated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a later version, say."""
+    pair = operated.pair
+    migration, progress = operated.waits_at_the_source()
+    answer = peer_pb2.DecideResponse(ownership=7)  # type: ignore[arg-type]
+    monkeypatch.setattr(pair.peer, "decide", lambda *_: answer)
+    with pytest.raises(Uncertain):
+        recovery.carry_on(migration, "a", pair.container, pair.peer, pair.outgoings, progress)
+    record = pair.outgoings.get(migration)
+    assert record is not None and record.is_waiting
+    assert not pair.world.source_runs
 
 
 def test_a_lost_copy_is_kept_until_somebody_says_something(operated: Operated) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from agent import shm_folder
 from agent.shm_folder import DATA, INDEX
-from migrator.errors import PeerError
+from migrator.errors import ExecutionError, PeerError
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -91,6 +91,34 @@ def test_an_empty_one(at: Callable[[str], Path], images: Path) -> None:
     shm_folder.unpack(images, there)
     assert seen(there) == seen(here)
     assert stat.S_IMODE(there.stat().st_mode) == 0o1777
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "device"])
+def test_nothing_else_is_read_in_the_place_of_a_file(
+    at: Callable[[str], Path], images: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that runs exchanges a file for something else, just before it is opened."""
+    here = at("here")
+    (tmp_path / "secret").write_bytes(b"the host's own")
+    (here / "file").write_bytes(b"the container's")
+    opened = os.open
+
+    def exchange(path: str, flags: int, *arguments: int, dir_fd: int | None = None) -> int:
+        if path == "file":
+            (here / "file").unlink()
+            match kind:
+                case "pipe":
+                    os.mkfifo(here / "file")
+                case "link":
+                    (here / "file").symlink_to(tmp_path / "secret")
+                case "device":
+                    os.mknod(here / "file", stat.S_IFBLK | 0o600, os.makedev(7, 0))
+        return opened(path, flags, *arguments, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", exchange)
+    with pytest.raises((OSError, ExecutionError)):
+        shm_folder.pack(here, images)
+    assert b"host" not in (images / DATA).read_bytes()
 
 
 def test_mounting_again_empties_it(at: Callable[[str], Path]) -> None:

@@ -33,6 +33,9 @@ from migrator.verify import BLOCK_BYTES
 from migrator.wire import check_migration
 
 VOLUME_BYTES = 1 << 20
+# An image before the freeze and after it: something has changed, become zeros, and come after it.
+EARLY_SHM = bytes(range(256)) * 1024
+SHM = EARLY_SHM[: 64 << 10] + bytes(64 << 10) + b"x" * 1000 + EARLY_SHM[(128 << 10) + 1000 :] + b"y" * 70_000
 NEIGHBOUR = Neighbour("eth0", "10.77.0.1", "02:00:00:00:00:01")
 LIVE = container_pb2.CONTAINER_STATE_RUNNING
 
@@ -198,6 +201,7 @@ class FakeLeaving:
         ended: bool = False,
     ) -> None:
         folder.mkdir()
+        self._folder = folder
         self.name = "ct"
         self.spec = container_pb2.ContainerSpec(image="i", volumes=[container_pb2.Volume(size_bytes=VOLUME_BYTES)])
         self.state = state
@@ -287,6 +291,13 @@ class FakeLeaving:
             assert self.frozen
             self.criu_holds = True
             (self.images / "core-1.img").write_bytes(b"core" * 100)
+            (self.images / "shm.img").write_bytes(SHM)
+
+    def early_images(self) -> Sequence[Path]:
+        with self._call("source.early images"):
+            path = self._folder / "shm.img"
+            path.write_bytes(EARLY_SHM)
+            return [path]
 
     @contextmanager
     def guard(self, migration: str) -> Iterator[None]:
@@ -454,6 +465,7 @@ class FakeReservation:
     def restore(self) -> Mapping[str, float]:
         with self._call("destination.restore"):
             assert self.left >= {"mount", "amended"}
+            assert (self.images / "shm.img").read_bytes()[: len(SHM)] == SHM
             self.left.add("held")
         return {"restore": 1.0}
 

@@ -1,7 +1,8 @@
 """The last moments before a container is stopped: what is written to its disk meanwhile, and how much of it is sent."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,13 +40,19 @@ class FakePeer:
         list(requests)
 
 
+class FakeContainer:
+    def early_images(self) -> Sequence[Path]:
+        return []
+
+
 def _stop(disk: FakeDisk) -> list[str]:
     """What is done with the disk until the container stands still."""
     progress = Progress(migration_pb2.Migration())
     anything: Any = None
     made: Any = disk
     peer: Any = FakePeer()
-    rounds = Rounds(anything, peer, lambda: anything, made, None, progress, Options())
+    container: Any = FakeContainer()
+    rounds = Rounds(container, peer, lambda: anything, made, None, progress, Options())
     with progress.phase("freeze"), ExitStack() as undo:
         rounds.hurry()
         rounds.stop(undo, lambda: disk.did.append("stop"))

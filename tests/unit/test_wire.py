@@ -146,14 +146,19 @@ def test_finished_records_are_forgotten_in_time(tmp_path: Path) -> None:
     incomings = Incomings(database)
     database._connection.execute("PRAGMA synchronous=OFF")
     incomings.begin("m-open", "open", "host-b", 1)
+    # One that its source has perhaps not heard the end of, whatever others do.
+    incomings.begin("m-other", "other", "host-c", 1)
+    incomings.refuse("m-other")
+    incomings.finish("m-other")
     for number in range(KEPT + 20):
         incomings.begin(f"m-{number}", "ct", "host-b", number + 1)
         incomings.refuse(f"m-{number}")
         incomings.finish(f"m-{number}")
     assert incomings.get("m-open") is not None
+    assert incomings.get("m-other") is not None
     assert incomings.get("m-0") is None
     assert incomings.get("m-30") is not None
-    assert len(database.rows("SELECT 1 FROM incoming")) <= KEPT + 2
+    assert len(database.rows("SELECT 1 FROM incoming")) <= KEPT + 3
     assert incomings.last_epoch("ct") == KEPT + 20
     database.close()
 
