@@ -42,6 +42,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer", action="append", metavar="NAME", help="only this peer, by its name in the report")
     parser.add_argument("--smoke", action="store_true", help="one workload, one peer: is the report well-formed?")
     parser.add_argument("--runs", type=int, help="so many of each, instead of what --quick and --full have")
+    parser.add_argument(
+        "--minutes", type=float, help="begin nothing any more after so many: 7 with --quick, 57 with --full"
+    )
     chosen = parser.parse_args(words)
     if chosen.smoke:
         chosen.only, chosen.peer, chosen.runs = [smoke.ROW], [smoke.PEER], 1
@@ -54,6 +57,7 @@ def main(words: list[str]) -> int:
     chosen = arguments(words)
     began = time.monotonic()
     extent = plan.FULL if chosen.full else plan.QUICK
+    limit_s = extent.limit_s if chosen.minutes is None else 60 * chosen.minutes
     facts = machine.describe()
     heading = {"extent": extent.name, "kernel": facts["kernel"], "migrator": facts["migrator"]}
     # A quick one is of one moment; one of an hour may have been cut short.
@@ -68,7 +72,7 @@ def main(words: list[str]) -> int:
         names = {name for part in needed for name in part.contenders}
         movers = runner.check(bench, [mover for mover in known if mover.name in names], outcome)
         parts = plan.parts(extent, chosen.only or [], movers, chosen.runs)
-        runner.run(bench, parts, store, outcome, extent.limit_s - (time.monotonic() - began))
+        runner.run(bench, parts, store, outcome, limit_s - (time.monotonic() - began))
     rows = [row.find(outcome.results) for row in ROWS if not chosen.only or row.name in chosen.only]
     objects = [row.as_object() for row in rows]
     command = f"scripts/bench --{extent.name}" + "".join(f" --only {name}" for name in chosen.only or [])

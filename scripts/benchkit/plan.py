@@ -24,9 +24,10 @@ LARGE = ("idle-4g", "write-50mbs-4g")
 CHEAP, CHEAP_RUNS = ("tracker-memory", "tracker-disk"), 3
 # In a quick benchmark, when everything has been run once: ours again, as often as time allows.
 QUICK_RUNS = 3
-# A quick benchmark leaves out, for each workload of a GiB and more, whom it has measured with the small one.
+# Who takes part in every workload; a quick benchmark has the others only with the small one, a full one where rows
+# need it.
 QUICK_MOVERS = {"idle-16m": tuple(mover.name for mover in MOVERS)}
-QUICK_OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", DiskCopy.name)
+OTHERS = (OURS, "runc + copy", "CRIU lazy pages", "runc lazy pages", DiskCopy.name)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Extent:
 
 
 QUICK = Extent("quick", runs=1, large_runs=1, other_runs=0, limit_s=440.0)
-FULL = Extent("full", runs=5, large_runs=3, other_runs=2, limit_s=3420.0)
+FULL = Extent("full", runs=5, large_runs=3, other_runs=1, limit_s=3420.0)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Part:
 
 
 def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], runs: int | None = None) -> list[Part]:
-    """In the order to run them. With names of rows in `only`, just what these need. With `runs`, so many of each, and
-    the workloads take turns: what goes on beside it slows all of them down."""
+    """In the order to run them. With names of rows in `only`, just what these need. With `runs`, so many of each.
+
+    But for a quick one the workloads take turns: what goes on beside it slows all of them down."""
     chosen = [row for row in ROWS if not only or row.name in only]
     wanted = list(dict.fromkeys(task for row in chosen for task in row.tasks))
     if extent.other_runs and not only:
@@ -66,20 +68,23 @@ def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], r
         task = _task(name, movers)
         who = tuple(task.contenders)
         if extent is QUICK and name in WORKLOADS:
-            who = tuple(one for one in who if one in QUICK_MOVERS.get(name, QUICK_OTHERS))
+            who = tuple(one for one in who if one in QUICK_MOVERS.get(name, OTHERS))
             if name not in QUICK_MOVERS and CriuLazy.name in who:
                 who = tuple(one for one in who if one != LazyPages.name)  # the same with a runtime's time on top
+        elif extent is FULL and name in WORKLOADS and name not in ROW_TASKS:
+            who = tuple(one for one in who if one in OTHERS)
         planned = extent.large_runs if name in LARGE else extent.runs if name in ROW_TASKS else extent.other_runs
         if name in CHEAP:
             planned = max(CHEAP_RUNS, planned)
         found.append(Part(task, who, runs or planned))
     if extent.other_runs and not only:
         found += [Part(Together(count), (OURS,), extent.other_runs) for count in COUNTS]
-    if runs is not None:
-        return [found[0], *(replace(part, runs=number + 1) for number in range(runs) for part in found[1:])]
-    if extent is QUICK:
+    if extent is QUICK and runs is None:
         found += [Part(part.task, (OURS,), QUICK_RUNS) for part in found if OURS in part.contenders]
-    return found
+        return found
+    # All of it once before any of it twice: what time runs out for is repetitions.
+    turns = range(max(part.runs for part in found))
+    return [found[0], *(replace(part, runs=turn + 1) for turn in turns for part in found[1:] if turn < part.runs)]
 
 
 def _task(name: str, movers: list[Contender]) -> Task:

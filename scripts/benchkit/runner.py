@@ -56,6 +56,9 @@ def run(bench: Bench, parts: Iterable[Part], store: Store, outcome: Outcome, lim
             for contender in part.contenders
             if not store.results.has(name, contender, number)
         ]
+        if todo and time.monotonic() > deadline:
+            outcome.left_out += [f"{name}: {contender}, run {number + 1}" for number, contender in todo]
+            todo = []
         if not todo:
             continue
         try:
