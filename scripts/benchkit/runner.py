@@ -24,6 +24,11 @@ class Outcome:
     cannot: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
+    def leave_out(self, task: str, todo: Iterable[tuple[int, str]]) -> None:
+        """There was no time for these runs of a task, by number and contender; a later turn has them once more."""
+        words = [f"{task}: {contender}, run {number + 1}" for number, contender in todo]
+        self.left_out += [word for word in words if word not in self.left_out]
+
 
 def say(text: str) -> None:
     """Progress, on standard error."""
@@ -57,7 +62,7 @@ def run(bench: Bench, parts: Iterable[Part], store: Store, outcome: Outcome, lim
             if not store.results.has(name, contender, number)
         ]
         if todo and time.monotonic() > deadline:
-            outcome.left_out += [f"{name}: {contender}, run {number + 1}" for number, contender in todo]
+            outcome.leave_out(name, todo)
             todo = []
         if not todo:
             continue
@@ -65,7 +70,7 @@ def run(bench: Bench, parts: Iterable[Part], store: Store, outcome: Outcome, lim
             with part.task.opened(bench) as once:
                 for number, contender in todo:
                     if time.monotonic() > deadline:
-                        outcome.left_out.append(f"{name}: {contender}, run {number + 1}")
+                        outcome.leave_out(name, [(number, contender)])
                         continue
                     began = time.monotonic()
                     try:
