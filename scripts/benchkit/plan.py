@@ -62,6 +62,8 @@ def parts(extent: Extent, only: Iterable[str], available: Iterable[Contender], r
     wanted = list(dict.fromkeys(task for row in chosen for task in row.tasks))
     if extent.other_runs and not only:
         wanted += [name for name in WORKLOADS if name not in wanted]
+    if extent is QUICK:
+        wanted.sort(key=LARGE.__contains__)  # what takes a minute each comes when the rest has been run
     movers = list(available)
     found = [Part(Ceilings(), ("machine",), 1)]
     for name in wanted:
