@@ -1,5 +1,6 @@
 """The report as a Markdown page."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -103,7 +104,9 @@ def everything(results: Results) -> str:
 def not_run(outcome: Outcome) -> str:
     lines = [f"- {name}: {reason}" for name, reason in outcome.cannot.items()]
     if outcome.left_out:
-        lines.append(f"- {len(outcome.left_out)} runs for want of time: {'; '.join(outcome.left_out)}")
+        tasks = Counter(run.partition(":")[0] for run in outcome.left_out)
+        counted = ", ".join(f"{task} {count}" for task, count in tasks.items())
+        lines.append(f"- {len(outcome.left_out)} runs for want of time: {counted}")
     return "\n".join(lines) or "Nothing was left out."
 
 

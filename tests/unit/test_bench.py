@@ -211,13 +211,13 @@ def test_only_runs_just_what_a_row_needs() -> None:
 
 
 def test_the_page_tells_where_a_peer_is_better_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
-    outcome = Outcome(Results(RUNS), {"podman": "no packages"}, ["tree-256: podman, run 2"])
+    outcome = Outcome(Results(RUNS), {"podman": "no packages"}, ["tree-256: podman, run 2", "tree-256: podman, run 3"])
     rows = [one.find(outcome.results) for one in ROWS]
     page.write(tmp_path / "p.md", "scripts/bench", {"kernel": "6"}, rows, outcome, plan.MOVERS, [tmp_path / "c/x.png"])
     text = (tmp_path / "p.md").read_text()
     assert "- `stream-speed`: 800 MB/s against 900 of runc + copy" in text
     assert "- idle-16m, migrator, run 3: it fell over" in text
-    assert "- podman: no packages" in text and "tree-256: podman, run 2" in text
+    assert "- podman: no packages" in text and "- 2 runs for want of time: tree-256 2" in text
     assert "![x](c/x.png)" in text
     assert all(f"`{name}`" in text for name in NAMES)
 
