@@ -58,7 +58,7 @@ class Networks:
                 with IPRoute() as route:
                     for number, interface in enumerate(interfaces):
                         _make_pair(route, container, number, interface)
-                namespaces.inside(container, lambda: _configure(container, interfaces))
+                namespaces.inside(container, lambda: _configure(interfaces))
             except NetlinkError as error:
                 raise NetworkError(f"making the network of {container}: {error}") from error
             if connected:
@@ -215,11 +215,11 @@ def _make_pair(route: IPRoute, container: str, number: int, interface: Interface
     route.link("set", index=index, state="up")
 
 
-def _configure(container: str, interfaces: Sequence[Interface]) -> None:
+def _configure(interfaces: Sequence[Interface]) -> None:
     """Inside the container's namespace: loopback, addresses, routes."""
     with IPRoute() as route:
         loopback = socket.if_nametoindex("lo")
-        route.link("set", index=loopback, ifalias=f"{ALIAS}{container}", state="up")
+        route.link("set", index=loopback, state="up")
         for interface in interfaces:
             index = socket.if_nametoindex(interface.name)
             _write_if_present(Path(f"/proc/sys/net/ipv6/conf/{interface.name}/accept_dad"), "0")

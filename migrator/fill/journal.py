@@ -40,7 +40,6 @@ class Journal:
         self._inbox = memoryview(self._shared)[_INBOX : _INBOX + _MESSAGES * userfault.MESSAGE_BYTES]
         self._empty = bytes(len(self._inbox))
         self._log = os.memfd_create("fill-journal")
-        self._records = 0
 
     def read(self, descriptor: int, space: int) -> list[Message]:
         """The messages that a userfaultfd has; none if there are none now.

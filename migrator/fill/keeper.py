@@ -23,7 +23,7 @@ from migrator.fill import store as page_store
 from migrator.fill.cgroups import end_lost
 from migrator.fill.journal import Journal
 from migrator.fill.messages import Kind, Packet
-from migrator.fill.status import Hold, State, Status
+from migrator.fill.status import Hold, State, Status, has_finished
 from migrator.fill.worker import LostChild, Worker
 from migrator.waiting import readable
 
@@ -66,7 +66,7 @@ class Keeper:
         self._watch(self._listening.fileno(), self._accept)
         self._start_guard()
         self._start_worker()
-        self._tell_status(State.READY)
+        Status(State.READY).write(self._places.status)
         next_status = 0.0
         while self._ended is None:
             for descriptor, _ in self._poll.poll(_STATUS_S if self._tasks else None):
@@ -207,7 +207,7 @@ class Keeper:
                 self._descriptors[packet.space] = packet.descriptor
         if worker is not None:
             readable([worker])
-        if self._hold.finished:
+        if has_finished(self._places.status):
             Status(State.DONE).write(self._places.status)
         elif self._descriptors:
             self._kill("the fill was lost: its keeper and its worker ended")

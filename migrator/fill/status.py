@@ -58,10 +58,6 @@ class Hold:
         """Note that everything was filled: that counts even if nobody can write the status any more."""
         os.pwrite(self._lock, _FINISHED, 0)
 
-    @property
-    def finished(self) -> bool:
-        return os.pread(self._lock, 1, 0) == _FINISHED
-
 
 def is_held(path: Path) -> bool:
     """Whether somebody is left who may still write the status."""
@@ -79,7 +75,7 @@ def is_held(path: Path) -> bool:
 
 
 def has_finished(path: Path) -> bool:
-    """Whether one that is not held any more had filled everything."""
+    """Whether one that has ended had filled everything."""
     try:
         return _beside(path).read_bytes() == _FINISHED
     except FileNotFoundError:
