@@ -237,6 +237,14 @@ class Arriving:
         replayed = time.monotonic()
         return {"thaw": (thawed - began) * 1000, "replay": (replayed - thawed) * 1000}
 
+    def missing_bytes(self) -> int:
+        """Of its memory, what is at the source yet."""
+        return self._memory.missing_bytes()
+
+    def lose(self, why: str) -> None:
+        """What is missing will never come."""
+        self._memory.lose(why)
+
     def settle(self) -> bool:
         """The container is this host's own, and its memory is where it belongs."""
         if not self._is_settled():

@@ -9,7 +9,7 @@ import structlog
 from agent.processes import Process, note
 from blockdev import filesystem, kernel
 from migrator.errors import ExecutionError
-from migrator.fill import criu_socket, launch
+from migrator.fill import criu_socket, launch, missing
 from migrator.fill import images as fill_images
 from migrator.fill.cgroups import end_lost
 from migrator.fill.keeper import Places
@@ -63,6 +63,16 @@ class ArrivingMemory:
         if status.state is State.FAILED:
             log.error("memory fill", reason=status.reason)
         return status.state in (State.STARTING, State.DONE, State.FAILED)
+
+    def missing_bytes(self) -> int:
+        """What was left at the source and has not come yet; what nobody waits for any more is not missing."""
+        if Status.read(self._places.status).state in (State.DONE, State.FAILED):
+            return 0
+        return missing.left_bytes(self.store)
+
+    def lose(self, why: str) -> None:
+        """Kill the container: the fill ends with its last process."""
+        log.error("memory fill", reason=end_lost(self._places.cgroups, why))
 
     def discard(self) -> None:
         """End the fill of a container that is gone, and give the pages back."""

@@ -65,6 +65,7 @@ ROLES: dict[str, frozenset[Role]] = {
     "/migrator.v1.PeerService/Decide": _PEER,
     "/migrator.v1.PeerService/GetDecision": _PEER,
     "/migrator.v1.PeerService/GetArrival": _PEER,
+    "/migrator.v1.PeerService/PullMemory": _PEER,
     "/grpc.health.v1.Health/Check": _ANYONE,
     "/grpc.health.v1.Health/List": _ANYONE,
     "/grpc.health.v1.Health/Watch": _ANYONE,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import chain
 
 import structlog
 
@@ -17,8 +18,11 @@ from agent.journal import Outgoings
 from agent.managers import Managers
 from agent.peers import RemotePeer, UnknownPeer
 from agent.places import Places
+from agent.processes import pid_inside
 from agent.turns import Turn
-from migrator import convergence, recovery
+from blockdev.blocks import Batch
+from blockdev.extents import Range
+from migrator import convergence, postcopy, recovery
 from migrator.convergence import OnNoConverge
 from migrator.errors import (
     Busy,
@@ -31,10 +35,15 @@ from migrator.errors import (
     TimedOut,
 )
 from migrator.handover import Outgoing
+from migrator.memory import ProcessGone, ProcessKey
+from migrator.memory.processes import key
+from migrator.memory.reading import read_process
 from migrator.options import Options
 from migrator.ports import Decider, Peer
+from migrator.postcopy import MemoryLost
 from migrator.progress import Progress
 from migrator.source import Departure, Here
+from migrator.stream import Digests, Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
 SCHEMA = """
@@ -91,7 +100,7 @@ class Migrations:
                 where_running=host,
             )
             migration.create_time.FromMilliseconds(time.time_ns() // 1_000_000)
-            progress = Progress(migration, request.timeout_ms)
+            progress = Progress(migration, request.timeout_ms, request.bandwidth_bytes_per_second)
             turn = Turn(name, request.container, self._managers.containers, self._places, host, progress)
             stack.callback(turn.close)
             turn.take_container()
@@ -160,12 +169,47 @@ class Migrations:
 
     def decision(self, name: str, epoch: int, asker: str) -> peer_pb2.Decision:
         """What is decided, for the destination. One that nobody works on and that is undecided is aborted first."""
-        record = self._outgoings.get(name)
-        if record is None or record.epoch != epoch or record.destination != asker:
-            raise NotFound(f"no migration {name} with epoch {epoch} to {asker} here", reason="MIGRATION_NOT_FOUND")
+        record = self._asked(name, epoch, asker)
         with self._lock:
             working = name in self._running
         return recovery.decision(self._outgoings, record, is_worked_on=working)
+
+    def lend(self, asker: str, requests: postcopy.Requests) -> postcopy.Responses:
+        """Memory that a container was handed over without, for the destination: see `migrator.postcopy`."""
+        first = next(requests, None)
+        if first is None:
+            return
+        record = self._asked(first.migration, first.epoch, asker)
+        with self._lock:
+            progress = self._running.get(record.migration, Progress(migration_pb2.Migration()))
+        cgroup = self._managers.runtime.cgroup(record.container)
+        processes: dict[int, ProcessKey] = {}
+
+        def read(pid: int, ranges: list[Range]) -> Iterator[Batch]:
+            now = self._asked(first.migration, first.epoch, asker)
+            if now.may_thaw or now.may_destroy:
+                raise MemoryLost(f"{self._here.host} keeps no copy of {now.container} to pull from")
+            try:
+                if not processes:
+                    processes.update({pid_inside(each): key(each) for each in cgroup.pids()})
+                if pid not in processes:
+                    raise MemoryLost(f"{now.container} has no process {pid} at {self._here.host}")
+                if not cgroup.is_frozen():
+                    raise Precondition(
+                        f"{now.container} does not stand still at {self._here.host}", reason="NOT_FROZEN"
+                    )
+                yield from read_process(processes[pid], ranges)
+            except ProcessGone as error:
+                raise MemoryLost(f"{error} at {self._here.host}") from error
+
+        sender = Sender(record.migration, record.epoch, Digests(), progress.meter, progress.sent)
+        yield from postcopy.lend(chain([first], requests), read, sender)
+
+    def _asked(self, name: str, epoch: int, asker: str) -> Outgoing:
+        record = self._outgoings.get(name)
+        if record is None or record.epoch != epoch or record.destination != asker:
+            raise NotFound(f"no migration {name} with epoch {epoch} to {asker} here", reason="MIGRATION_NOT_FOUND")
+        return record
 
     def claim(self) -> None:
         """Before the containers are reconciled: hold those whose migration is not finished. Their ends mean nothing."""
@@ -349,12 +393,12 @@ def _options(request: migration_pb2.CreateMigrationRequest) -> Options:
         migration_pb2.ON_NO_CONVERGE_FREEZE: OnNoConverge.FREEZE,
         migration_pb2.ON_NO_CONVERGE_ABORT: OnNoConverge.ABORT,
         migration_pb2.ON_NO_CONVERGE_THROTTLE: OnNoConverge.THROTTLE,
+        migration_pb2.ON_NO_CONVERGE_POSTCOPY: OnNoConverge.POSTCOPY,
     }.get(request.on_no_converge)
     if on_no_converge is None:
         raise InvalidArgument(f"on_no_converge {request.on_no_converge} is unknown to this version")
     return Options(
         request.check_only,
-        request.bandwidth_bytes_per_second,
         request.verify,
         request.max_downtime_ms / 1000 or convergence.DEFAULT_DOWNTIME_S,
         on_no_converge,

@@ -231,6 +231,7 @@ class RemotePeer:
             total_ms=wire.plausible_ms(answer.total_ms),
             steps=wire.plausible_steps(answer.steps),
             refusal=answer.refusal[: wire.LONGEST_REASON],
+            missing_bytes=max(0, answer.missing_bytes),
         )
 
     def _wait(self, call: "grpc.Future[Any]") -> Any:
@@ -279,6 +280,25 @@ class UnknownPeer:
 
     def decide(self, migration: str, epoch: int, decision: peer_pb2.Decision) -> peer_pb2.DecideResponse:
         raise self._error
+
+
+class PulledMemory:
+    """A stream of memory from the source of an arrival (`migrator.postcopy.Lent`)."""
+
+    def __init__(self, config: Config, record: Incoming, requests: Iterator[peer_pb2.PullMemoryRequest]) -> None:
+        self._source = record.source
+        self._channel = open_channel(config, record.source)
+        self._call = peer_pb2_grpc.PeerServiceStub(self._channel).PullMemory(requests)
+
+    def __iter__(self) -> Iterator[peer_pb2.PullMemoryResponse]:
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            raise status.from_rpc(error, self._source) from error
+
+    def close(self) -> None:
+        self._call.cancel()
+        self._channel.close()
 
 
 def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from agent.journal import Incomings
 from agent.managers import Managers
 from agent.migrations import Migrations
 from agent.network import Networks
-from agent.peers import ask_destination, ask_source
+from agent.peers import PulledMemory, ask_destination, ask_source
 from agent.periodic import Periodic
 from agent.room import RoomGuard
 from agent.runtime import Runtime, environment, find_program
@@ -224,7 +225,7 @@ def assemble(config: Config, config_file: Path, resources: ExitStack) -> Agent:
         room=guard,
         hosts=Hosts(config, containers, folder, metadata.version("migrator")),
         migrations=leaving,
-        arrivals=Arrivals(arrival_host, incomings, config.max_arrivals),
+        arrivals=Arrivals(arrival_host, incomings, partial(PulledMemory, config), config.max_arrivals),
         arrival_host=arrival_host,
         incomings=incomings,
     )

@@ -8,11 +8,13 @@ from migrator.errors import MigratorError, Uncertain
 from migrator.handover import Outgoing, OutgoingJournal, Stage
 from migrator.ports import Decider
 from migrator.progress import Progress
+from migrator.units import format_size
 from migrator.v1 import migration_pb2, peer_pb2
 
 # How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
 PATIENCE_S = 15.0
 RETRY_S = 0.5
+PULL_POLL_S = 0.2
 
 _BY_ANSWER = {Stage.OWNER: peer_pb2.OWNERSHIP_OWNER, Stage.REFUSED: peer_pb2.OWNERSHIP_REFUSED}
 
@@ -29,9 +31,12 @@ def ask_once(record: Outgoing, peer: Decider, journal: OutgoingJournal) -> peer_
 
 
 def ask(
-    record: Outgoing, here: str, peer: Decider, journal: OutgoingJournal, progress: Progress
+    record: Outgoing, here: str, peer: Decider, journal: OutgoingJournal, progress: Progress, missing_bytes: int = 0
 ) -> tuple[peer_pb2.DecideResponse, float]:
-    """`ask_once` until there is an answer, the destination's own or an operator's. Returns it and its milliseconds."""
+    """`ask_once` until there is an answer, the destination's own or an operator's. Returns it and its milliseconds.
+
+    `missing_bytes` are those that its last answer has spoken of.
+    """
     patience = time.monotonic() + PATIENCE_S
     while True:
         began = time.monotonic()
@@ -44,15 +49,38 @@ def ask(
             return peer_pb2.DecideResponse(ownership=_BY_ANSWER[resolved.answer]), 0.0
         if time.monotonic() > patience:
             patience = float("inf")
-            progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain(record, here, reason))
+            progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain(record, here, reason, missing_bytes))
         log.warning("no answer to released", migration=record.migration, peer=peer.host, reason=reason)
         time.sleep(RETRY_S)
 
 
-def uncertain(record: Outgoing, here: str, reason: str) -> Uncertain:
+def await_memory(
+    record: Outgoing,
+    here: str,
+    peer: Decider,
+    journal: OutgoingJournal,
+    progress: Progress,
+    answer: peer_pb2.DecideResponse,
+) -> peer_pb2.DecideResponse:
+    """Post-copy: ask again until the destination misses nothing any more, as it does from the beginning otherwise."""
+    while answer.missing_bytes:
+        progress.missing(answer.missing_bytes)
+        time.sleep(PULL_POLL_S)
+        answer, _ = ask(record, here, peer, journal, progress, answer.missing_bytes)
+    return answer
+
+
+def uncertain(record: Outgoing, here: str, reason: str, missing_bytes: int = 0) -> Uncertain:
     """What an operator is told of a released container whose destination does not answer."""
+    container, destination = record.container, record.destination
+    if missing_bytes:
+        return Uncertain(
+            f"{container} runs at {destination}, which does not answer any more ({reason}), and at least then needed "
+            f"{format_size(missing_bytes)} of memory that only the copy on {here} has. That is kept frozen until "
+            f"{destination} is back; if that is gone for good: migrator resolve {container}"
+        )
     return Uncertain(
-        f"{record.container} was released to {record.destination}, which does not answer ({reason}). "
-        f"The copy on {here} is kept frozen and the question is repeated until {record.destination} is back; "
-        f"if that is gone for good: migrator resolve {record.container}"
+        f"{container} was released to {destination}, which does not answer ({reason}). "
+        f"The copy on {here} is kept frozen and the question is repeated until {destination} is back; "
+        f"if that is gone for good: migrator resolve {container}"
     )

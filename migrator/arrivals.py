@@ -12,6 +12,7 @@ from migrator.errors import Busy, NotFound
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
 from migrator.line import Line
 from migrator.ports import ArrivalHost
+from migrator.postcopy import Lend
 from migrator.v1 import peer_pb2
 
 # What the configuration says if it says nothing.
@@ -23,9 +24,10 @@ log = structlog.get_logger()
 class Arrivals:
     """All containers on their way to this host; a source may touch only those that it sends."""
 
-    def __init__(self, host: ArrivalHost, journal: IncomingJournal, places: int = PLACES) -> None:
-        """No more than `places` of them at once; the others wait in line at their sources."""
+    def __init__(self, host: ArrivalHost, journal: IncomingJournal, lend: Lend, places: int = PLACES) -> None:
+        """No more than `places` of them at once; the others wait in line at their sources, of which `lend` reads."""
         self._host = host
+        self._lend = lend
         self._journal = journal
         self._arrivals: dict[str, Arrival] = {}
         # Migration to container, until there is an arrival.
@@ -67,7 +69,7 @@ class Arrivals:
                 self._journal.refuse(record.migration)
                 self._journal.finish(record.migration)
                 raise
-            arrival = Arrival(record, reservation, self._journal, is_live(request.state))
+            arrival = Arrival(record, reservation, self._journal, is_live(request.state), self._lend)
             with self._lock:
                 self._arrivals[record.migration] = arrival
         finally:
@@ -94,6 +96,9 @@ class Arrivals:
                 # Still being reserved, or not recovered yet: it does not go on.
                 record = self._journal.refuse(record.migration)
             owner = record.stage is Stage.OWNER
+            if owner and not record.finished:
+                # Whether it needs the source any more is known when it is recovered.
+                raise Busy(f"the arrival of {record.container} is still being recovered") from None
             if owner and request.decision == peer_pb2.DECISION_ABORTED:
                 raise HandoverError(f"migration {request.migration} is committed here") from None
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
@@ -119,7 +124,7 @@ class Arrivals:
                     continue
             try:
                 reservation, state = self._host.reserved(record.migration, record.container)
-                arrival = Arrival(record, reservation, self._journal, is_live(state))
+                arrival = Arrival(record, reservation, self._journal, is_live(state), self._lend)
                 with self._lock:
                     self._arrivals[record.migration] = arrival
                 arrival.recover()

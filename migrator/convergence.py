@@ -27,6 +27,7 @@ class OnNoConverge(Enum):
     ABORT = "abort"
     FREEZE = "freeze"
     THROTTLE = "throttle"
+    POSTCOPY = "postcopy"
 
 
 class Next(Enum):

@@ -23,6 +23,7 @@ from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, St
 from migrator.network import Neighbour
 from migrator.numbered import Inbound
 from migrator.ports import Reservation
+from migrator.postcopy import Lend, Puller
 from migrator.store import Store
 from migrator.v1 import container_pb2, peer_pb2
 
@@ -45,8 +46,13 @@ AskSource = Callable[[Incoming], "peer_pb2.Decision"]
 class Arrival:
     """One container on its way in."""
 
-    def __init__(self, record: Incoming, reservation: Reservation, journal: IncomingJournal, live: bool) -> None:
+    def __init__(
+        self, record: Incoming, reservation: Reservation, journal: IncomingJournal, live: bool, lend: Lend
+    ) -> None:
+        """`lend` opens a stream of memory that was left at the source: see `migrator.postcopy`."""
         self.record = record
+        self._lend = lend
+        self._puller: Puller | None = None
         self.heard_at = time.monotonic()
         self.unanswered = 0
         self._reservation = reservation
@@ -179,6 +185,8 @@ class Arrival:
                     mounted.result()
                     faults.point("destination.mount")
                     steps["mount"] = (time.monotonic() - began) * 1000 - steps["images"]
+                    # A task may wait for a page before it runs, as for the one that the kernel keeps its rseq in.
+                    self._pull()
                     steps.update(self._reservation.restore())
                 synced.result()
             self._store.close()
@@ -215,6 +223,8 @@ class Arrival:
             if self.record.stage in (Stage.OWNER, Stage.REFUSED):
                 self._go_on()
                 return
+            if self.record.stage is Stage.READY:
+                self._pull()
         finally:
             self._lock.release()
         if self._silence_s() > SILENCE_S:
@@ -264,6 +274,7 @@ class Arrival:
     def _go_on(self) -> None:
         """What the record says is decided, and may have been done in part."""
         if self.record.stage is Stage.OWNER:
+            self._pull()
             self._reservation.run()
             self._settle()
         else:
@@ -279,12 +290,14 @@ class Arrival:
     def _take(self, arrived: float) -> peer_pb2.DecideResponse:
         """Become the owner if that is possible."""
         if self.record.stage is Stage.OWNER:
-            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER)
+            missing_bytes = self._reservation.missing_bytes()
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER, missing_bytes=missing_bytes)
         faults.point("destination.released")
         if self.record.stage is not Stage.READY:
             self._refuse(why := "it holds no restored copy")
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_REFUSED, refusal=why)
         try:
+            self._pull()
             steps = dict(self._reservation.complete()) if self._live else {}
         except FAILURES as error:
             # Nothing was committed: the source's copy is still as it was, and does not wait until `tend` has discarded
@@ -296,12 +309,15 @@ class Arrival:
         self.record = self._journal.own(self.record.migration)
         faults.point("destination.owner")
         answer = peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER)
+        # Whatever fails now: the source keeps what is pulled.
+        answer.missing_bytes = 0 if self._puller is None else 1
         try:
             steps.update(self._reservation.run())
             for name, milliseconds in steps.items():
                 answer.steps.add(name=name, duration_ms=milliseconds)
             faults.point("destination.run")
             answer.resume_ms = (time.monotonic() - arrived) * 1000
+            answer.missing_bytes = self._reservation.missing_bytes()
             self._settle()
         except FAILURES as error:
             # Committed: the source must not run its copy again, whatever went wrong here.
@@ -309,8 +325,26 @@ class Arrival:
         answer.total_ms = (time.monotonic() - arrived) * 1000
         return answer
 
+    def _pull(self) -> None:
+        """Post-copy: have what is missing come, until nothing is."""
+        if self._live and (self._puller is None or not self._puller.is_working) and self._reservation.missing_bytes():
+            self._puller = Puller(self.record, self._reservation.memory, self._lend, self._lose)
+
+    def _end_pull(self) -> None:
+        if self._puller is not None:
+            self._puller.close()
+            self._puller = None
+
+    def _lose(self, why: str) -> None:
+        """A part of its memory is nowhere any more. Before it is this end's, the source decides."""
+        if self.record.stage is Stage.OWNER:
+            log.error("memory is lost", migration=self.record.migration, container=self.record.container, reason=why)
+            self._reservation.lose(why)
+
     def _settle(self) -> None:
         faults.point("destination.settle")
+        if not self._reservation.missing_bytes():
+            self._end_pull()
         if self._reservation.settle():
             self._finish()
 
@@ -336,6 +370,7 @@ class Arrival:
         if not self._streams_ended.wait_for(lambda: not self._streams_are_open(), timeout=STREAM_END_S):
             raise ExecutionError(f"the source of migration {self.record.migration} still sends; it is dropped later")
         self._store.close()
+        self._end_pull()
         self._reservation.discard()
         self._finish()
 

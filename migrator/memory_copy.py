@@ -11,13 +11,15 @@ from pathlib import Path
 import structlog
 
 from blockdev import blocks, extents
-from blockdev.blocks import Batch
+from blockdev.blocks import Batch, Piece
 from blockdev.extents import Range
 from migrator import pageless
 from migrator.errors import ExecutionError
+from migrator.fill import images as fill_images
+from migrator.fill import missing
 from migrator.memory import Collected, MemoryTracker, Moment, ProcessGone, ProcessKey
 from migrator.shm.copy import SharedCopy
-from migrator.stream import Sender
+from migrator.stream import MAX_PIECE_BYTES, Sender
 from migrator.v1 import peer_pb2
 
 # Above every address that a process can have: 47 bits on x86-64, 48 on arm64.
@@ -45,6 +47,8 @@ class MemoryCopy:
         self._last: list[ProcessKey] = []
         # Which process each target holds: a pid may be used again.
         self._owners: dict[str, ProcessKey] = {}
+        self.stays_behind = False
+        """Post-copy: what is collected of private memory is not sent, but left to `leave`."""
 
     @property
     def is_quick(self) -> bool:
@@ -105,6 +109,24 @@ class MemoryCopy:
 
     def requests(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         """All that was collected and not yet sent."""
+        if not self.stays_behind:
+            yield from self._private(sender)
+        yield from self._shared.requests(sender)
+
+    def leave(self, sender: Sender, images: Path) -> Iterator[peer_pb2.SendRequest]:
+        """After the last collect and CRIU's dump into `images`: what was collected of memory that the destination fills
+        in while the process runs is only marked as missing there; the rest is sent, for no process starts without it.
+        """
+        for key, ranges in list(self._written.items()):
+            with suppress(ProcessGone):
+                inside, merged = self._pid_inside(key.pid), extents.merge(ranges)
+                left = extents.intersect(merged, fill_images.lazy_ranges(images, inside))
+                self._written[key] = extents.subtract(merged, left)
+                marks = missing.marked(left, MAX_PIECE_BYTES)
+                yield from sender.requests(f"missing/{inside}", (Piece(at, len(m), m) for at, m in marks))
+        yield from self._private(sender)
+
+    def _private(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         written, self._written = self._written, {}
         gone, self._gone = self._gone, {}
         for key, ranges in written.items():
@@ -113,7 +135,6 @@ class MemoryCopy:
                 yield from sender.batches(target, self._batches(target, key, ranges, gone[key]))
             except ProcessGone:
                 continue  # the next collect says so, too
-        yield from self._shared.requests(sender)
 
     def _batches(self, target: str, key: ProcessKey, written: list[Range], gone: list[Range]) -> Iterator[Batch]:
         if self._owners.setdefault(target, key) != key:

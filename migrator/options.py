@@ -11,7 +11,6 @@ class Options:
     """What the operator has asked for."""
 
     check_only: bool = False
-    bandwidth_bytes_per_s: int = 0
     verify: bool = False
     max_downtime_s: float = convergence.DEFAULT_DOWNTIME_S
     on_no_converge: OnNoConverge = OnNoConverge.FREEZE

@@ -192,6 +192,12 @@ class Reservation(Protocol):
         Repeatable. Returns milliseconds by step.
         """
 
+    def missing_bytes(self) -> int:
+        """Of its memory, what was left at the source and has not come yet (`migrator.fill.missing`)."""
+
+    def lose(self, why: str) -> None:
+        """What is missing will never come: after `run`, kill it."""
+
     def settle(self) -> bool:
         """After the handover: register the container as this host's own and delete what the migration needed.
 

@@ -9,13 +9,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from migrator.errors import Cancelled, MigratorError, TimedOut
+from migrator.stream import Meter
 from migrator.v1 import migration_pb2, peer_pb2
+
+# Targets of streams that are memory, by what their names begin with.
+MEMORY_KINDS = ("memory", "shared", "image", "images")
 
 
 class Progress:
     """A migration resource that changes; watchers are woken at each change but that of bytes sent."""
 
-    def __init__(self, migration: migration_pb2.Migration, timeout_ms: int = 0) -> None:
+    def __init__(self, migration: migration_pb2.Migration, timeout_ms: int = 0, bandwidth_bytes_per_s: int = 0) -> None:
+        """No limit where 0 is given."""
+        self.meter = Meter(bandwidth_bytes_per_s)
+        """Of all that is sent."""
         self._migration = migration
         self._condition = threading.Condition()
         self._began = time.monotonic()
@@ -65,12 +72,16 @@ class Progress:
             phase = self._migration.phases[-1]
             phase.steps.extend(migration_pb2.Step(name=s.name, duration_ms=s.duration_ms) for s in steps)
 
-    def sent(self, *, memory: int, disk: int, wire: int, part: float) -> None:
-        """Bytes so far, and the part of what is known to be left before the freeze. It wakes nobody: it comes often."""
+    def sent(self, planned_bytes: int = 0) -> None:
+        """The meter has counted more. It wakes nobody: it comes often. `planned_bytes` are what the disk has to send at
+        least: progress is told as a part of that."""
+        content = self.meter.content_bytes
+        copied = content.get("volume", 0) + content.get("snapshot", 0)
         with self._condition:
             counted = self._migration.bytes
-            counted.memory, counted.disk, counted.wire = memory, disk, wire
-            self._migration.progress = min(1.0, part)
+            counted.memory = sum(content.get(kind, 0) for kind in MEMORY_KINDS)
+            counted.disk, counted.wire = copied, self.meter.wire_bytes
+            self._migration.progress = min(1.0, copied / planned_bytes) if planned_bytes else 1.0
 
     def queued(self, position: int, host: str) -> None:
         """It waits for one of this host's places; 0: no more."""
@@ -87,6 +98,12 @@ class Progress:
         """The container stood still for so long."""
         with self._change() as migration:
             migration.downtime_ms = milliseconds
+
+    def missing(self, count: int) -> None:
+        """So many bytes of memory are only here yet, while it runs at the destination."""
+        with self._change() as migration:
+            migration.missing_bytes = count
+            migration.where_running = migration.destination
 
     def cancel(self) -> bool:
         """Ask it to end; False if it is committed already."""
@@ -113,6 +130,7 @@ class Progress:
         with self._change() as migration:
             migration.outcome = outcome
             migration.queue_position, migration.queue_host = 0, ""
+            migration.missing_bytes = 0
             migration.where_running = where
             migration.total_ms = self._elapsed_ms()
             migration.error = str(error) if error else ""

@@ -10,7 +10,7 @@ import structlog
 
 from migrator import answers
 from migrator.destination import is_live
-from migrator.errors import MigratorError, RolledBack, Unreachable
+from migrator.errors import Busy, MigratorError, RolledBack, Unreachable
 from migrator.handover import Decision, HandoverError, Outgoing, OutgoingJournal, Stage
 from migrator.ports import Decider, LeavingContainer
 from migrator.progress import Progress
@@ -103,11 +103,14 @@ def _is_held_there(record: Outgoing, peer: Decider) -> bool:
 def _answer(record: Outgoing, here: str, peer: Decider, journal: OutgoingJournal, progress: Progress) -> Stage:
     """What the destination says to `released`. Silence decides nothing."""
     try:
-        ownership = answers.ask_once(record, peer, journal).ownership
+        answer = answers.ask_once(record, peer, journal)
     except MigratorError as error:
         progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", answers.uncertain(record, here, str(error)))
         raise
-    return Stage.OWNER if ownership == peer_pb2.OWNERSHIP_OWNER else Stage.REFUSED
+    if answer.missing_bytes:
+        progress.missing(answer.missing_bytes)
+        raise Busy(f"{record.container} runs at {record.destination}, which still pulls its memory from here")
+    return Stage.OWNER if answer.ownership == peer_pb2.OWNERSHIP_OWNER else Stage.REFUSED
 
 
 def tell_aborted(peer: Decider, record: Outgoing, progress: Progress) -> None:

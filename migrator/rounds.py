@@ -55,6 +55,8 @@ class Rounds:
         self._options = options
         # Digests of images that were sent before the dump, by name.
         self._early: dict[str, list[bytes]] = {}
+        # Of what the last look has found.
+        self._disk_bytes = 0
         # What may be left when it stops; None if it stops whatever is left.
         self._limit_bytes: int | None = None
 
@@ -69,7 +71,7 @@ class Rounds:
         while (step := convergence.decide(done, left, options.max_downtime_s)) is not Next.FREEZE:
             if step is Next.STUCK:
                 self._progress.note(f"does not converge: {options.on_no_converge.value}")
-                if options.on_no_converge is OnNoConverge.FREEZE:
+                if options.on_no_converge is OnNoConverge.FREEZE or self._leave_memory(done):
                     self._limit_bytes = None
                     return
                 self._throttle(undo, next(shares, None), done, left)
@@ -150,6 +152,8 @@ class Rounds:
             with self._progress.step("last collect"):
                 self._memory.collect(Moment.LAST)
                 self._memory.complete(self._container.images)
+            if self._memory.stays_behind:
+                yield from self._memory.leave(sender, self._container.images)
         yield from self._changed(sender)
         images = [image for image in self._container.images.iterdir() if not image.is_symlink()]  # to the parent
         small = [image for image in images if image.stat().st_size <= SMALL_BYTES]
@@ -160,7 +164,22 @@ class Rounds:
         """What a round would have to send now, in bytes."""
         self.disk.sync()
         memory = self._memory.collect() if self._memory else 0
-        return self.disk.collect() + self._container.unwritten_bytes + memory
+        self._disk_bytes = self.disk.collect() + self._container.unwritten_bytes
+        return self._disk_bytes + memory
+
+    def _leave_memory(self, done: list[Round]) -> bool:
+        """Post-copy, if that was asked for and is of use: nothing can be left behind of a disk."""
+        if self._options.on_no_converge is not OnNoConverge.POSTCOPY:
+            return False
+        assert self._memory is not None  # or it would not have come as far
+        if self._disk_bytes > convergence.limit_bytes(done, self._options.max_downtime_s):
+            raise NotConverged(
+                f"{self._container.name} writes to its disk faster than it can be sent: "
+                f"{format_size(self._disk_bytes)} are left, and only memory can be pulled after the handover. Allow "
+                "more with --max-downtime, or use --on-no-converge freeze or throttle"
+            )
+        self._memory.stays_behind = True
+        return True
 
     def _look_quickly(self) -> int:
         """As `_look`, but not at a disk that has to be read whole, nor at memory where a look stops it, or that

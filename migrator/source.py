@@ -17,7 +17,8 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import answers, disk, faults, line, recovery, snapshots, verify
+from migrator import answers, disk, faults, line, postcopy, recovery, snapshots, verify
+from migrator.convergence import OnNoConverge
 from migrator.destination import FAILURES, is_live
 from migrator.disk import DiskCopy
 from migrator.errors import ExecutionError, MigratorError, Precondition
@@ -33,7 +34,7 @@ from migrator.snapshots import SnapshotCopy
 from migrator.stream import Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
-FEATURES = ("send-v1", snapshots.FEATURE, line.FEATURE, disk.FEATURE)
+FEATURES = ("send-v1", snapshots.FEATURE, line.FEATURE, disk.FEATURE, postcopy.FEATURE)
 SETTLE_POLL_S = 0.05
 
 log = structlog.get_logger()
@@ -123,8 +124,7 @@ class Departure:
 
     def _move(self, known_epoch: int) -> None:
         self._epoch = self._journal.begin(self._name, self._container.name, self._peer.host, known_epoch).epoch
-        bandwidth = self._options.bandwidth_bytes_per_s
-        outbox = Outbox(self._name, self._epoch, self._progress, self._planned_bytes, bandwidth)
+        outbox = Outbox(self._name, self._epoch, self._progress, self._planned_bytes)
         phase = self._progress.phase
         with ExitStack() as undo:
             try:
@@ -149,7 +149,11 @@ class Departure:
                 self._abort()  # durable before anything is thawed
                 raise
             with phase("handover"):
-                self._handover()
+                record, answer = self._handover()
+            if answer.missing_bytes:
+                with phase("pull"):
+                    answer = self._lend(record, answer)
+            self._hear(record, answer)
             self._kill()
             # The tasks are gone: what follows only takes down what was set up to watch and to hold them.
 
@@ -172,6 +176,9 @@ class Departure:
             )
         )
         objections = [*container.objections(), *answer.objections]
+        if self._options.on_no_converge is OnNoConverge.POSTCOPY and postcopy.FEATURE not in answer.features:
+            message = f"the agent of {self._peer.host} is too old for --on-no-converge postcopy"
+            objections.append(peer_pb2.Objection(reason="POSTCOPY", message=message))
         if container.snapshots and snapshots.FEATURE not in answer.features:
             message = f"the agent of {self._peer.host} is too old to take snapshots: use --without-snapshots"
             objections.append(peer_pb2.Objection(reason="SNAPSHOTS", message=message))
@@ -213,6 +220,8 @@ class Departure:
         tracker, why = undo.enter_context(container.track_memory())
         self._progress.note(why)
         memory = MemoryCopy(tracker, container.pid_inside, container.pause) if tracker else None
+        if memory is None and self._options.on_no_converge is OnNoConverge.POSTCOPY:
+            raise Precondition(f"--on-no-converge postcopy is not possible from here: {why}", reason="POSTCOPY")
         checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))
         return _Prepared(prepared.has_base, memory, checkpoint)
 
@@ -309,22 +318,30 @@ class Departure:
         self._progress.steps(self._peer.restore(self._name, self._epoch, outbox.digests.all()))
         faults.point("source.ready")
 
-    def _handover(self) -> None:
+    def _handover(self) -> tuple[Outgoing, peer_pb2.DecideResponse]:
         """From `released` on there is no way back but the destination's word, or an operator's in its place."""
         record = self._release()
         faults.point("source.released")
         answer, round_trip_ms = answers.ask(record, self._here.host, self._peer, self._journal, self._progress)
+        self._progress.steps(answer.steps)
+        stood_still_ms = (time.monotonic() - self._frozen_at) * 1000 - round_trip_ms
+        exchange_ms = max(0.0, round_trip_ms - answer.total_ms) / 2
+        if self._live and round_trip_ms and answer.ownership == peer_pb2.OWNERSHIP_OWNER:  # not an operator's word
+            self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
+        return record, answer
+
+    def _lend(self, record: Outgoing, answer: peer_pb2.DecideResponse) -> peer_pb2.DecideResponse:
+        """Post-copy: it runs there, and the copy here, which stands still, is read (`migrator.postcopy`)."""
+        faults.point("source.lend")
+        return answers.await_memory(record, self._here.host, self._peer, self._journal, self._progress, answer)
+
+    def _hear(self, record: Outgoing, answer: peer_pb2.DecideResponse) -> None:
         if answer.ownership == peer_pb2.OWNERSHIP_REFUSED:
             by_operator = self._journal.hear(self._name, Stage.REFUSED).by_operator
             self._failed_at = time.monotonic()
             raise recovery.refused(record, self._here.host, answer.refusal, by_operator=by_operator)
-        by_operator = self._journal.hear(self._name, Stage.OWNER).by_operator
+        self._journal.hear(self._name, Stage.OWNER)
         faults.point("source.owner")
-        self._progress.steps(answer.steps)
-        stood_still_ms = (time.monotonic() - self._frozen_at) * 1000 - round_trip_ms
-        exchange_ms = max(0.0, round_trip_ms - answer.total_ms) / 2
-        if self._live and not by_operator:
-            self._progress.downtime(stood_still_ms + exchange_ms + answer.resume_ms)
 
     def _finish(self) -> None:
         """The container is elsewhere: nothing that fails here changes that, and `migrator.recovery` tries again."""

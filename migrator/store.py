@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,13 +11,16 @@ from blockdev import blocks
 from migrator import faults, wire
 from migrator.errors import ExecutionError, PeerError
 from migrator.files import write_file
+from migrator.fill import missing
+from migrator.fill import store as page_store
+from migrator.fill.store import PAGE_BYTES
 from migrator.memory_copy import ADDRESS_END
 from migrator.ports import Reservation
 from migrator.shm import targets
 from migrator.stream import Digests, Receiver
 from migrator.v1 import peer_pb2
 
-# Of a container that may have been another's pid before each; each has a file open here.
+# Of a container that may have been another's pid before each; each has a file open here, and one of marks at the end.
 MAX_PROCESSES = 8192
 PID = re.compile(r"[1-9][0-9]{0,9}")
 
@@ -34,7 +38,7 @@ class Store:
         self._lock = threading.Lock()
         self._volumes: dict[str, tuple[int, int]] = {}
         self._pool = Path()
-        self._memory: dict[str, int] = {}
+        self._memory: dict[Path, int] = {}
         self._stack = ExitStack()
 
     def open(self) -> None:
@@ -82,7 +86,11 @@ class Store:
             self._reservation.write_snapshot(name, self._receiver.piece(request))
         elif kind == "memory" and self._live and PID.fullmatch(name):
             for piece in self._receiver.pieces(request):
-                blocks.write(self._memory_file(name), piece, ADDRESS_END)
+                blocks.write(self._memory_file(page_store.path_of, name), piece, ADDRESS_END)
+        elif kind == "missing" and self._live and PID.fullmatch(name):
+            missing.make_pipes(self._reservation.memory)
+            file = self._memory_file(missing.path_of, name)
+            blocks.write(file, self._receiver.piece(request), ADDRESS_END // PAGE_BYTES)
         elif kind == targets.KIND and self._live:
             for piece in self._receiver.pieces(request):
                 self._reservation.shared.write(name, piece)
@@ -97,13 +105,13 @@ class Store:
         else:
             raise PeerError(f"{wire.shown(request.target)} is nothing that is expected here", reason="OUT_OF_ORDER")
 
-    def _memory_file(self, pid: str) -> int:
+    def _memory_file(self, path_of: Callable[[Path, int], Path], pid: str) -> int:
+        path = path_of(self._reservation.memory, int(pid))
         with self._lock:
-            if pid not in self._memory:
-                if len(self._memory) >= MAX_PROCESSES:
+            if path not in self._memory:
+                if len(self._memory) >= 2 * MAX_PROCESSES:
                     raise PeerError(f"memory of more than {MAX_PROCESSES} processes")
-                path = self._reservation.memory / f"mem-{int(pid)}"
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 self._stack.callback(os.close, descriptor)
-                self._memory[pid] = descriptor
-            return self._memory[pid]
+                self._memory[path] = descriptor
+            return self._memory[path]

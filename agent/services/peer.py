@@ -101,6 +101,14 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         stage = self._arrivals.stage(self._peer(context), request.migration, request.epoch)
         return peer_pb2.GetArrivalResponse(stage=STAGES[stage])
 
+    def PullMemory(
+        self, request_iterator: Iterator[peer_pb2.PullMemoryRequest], context: grpc.ServicerContext
+    ) -> Iterator[peer_pb2.PullMemoryResponse]:
+        try:
+            yield from self._migrations.lend(self._peer(context), request_iterator)
+        except grpc.RpcError as error:
+            raise PeerError("the destination broke off its stream", reason="STREAM_BROKEN") from error
+
     def _peer(self, context: grpc.ServicerContext) -> str:
         """The host that calls. Raises PermissionDenied, also for one that this host's configuration does not name."""
         name = caller_host(context)

@@ -93,5 +93,7 @@ def render(migration: migration_pb2.Migration) -> "RenderableType":
             )
         else:
             sent = format_size(migration.bytes.wire) + " sent" if migration.bytes.wire else ""
-            grid.add_row(Spinner("dots"), phase.name, "", Text(sent, style="dim"))
+            left = f"{format_size(migration.missing_bytes)} left at {migration.source}"
+            text = left if migration.missing_bytes else sent
+            grid.add_row(Spinner("dots"), phase.name, "", Text(text, style="dim"))
     return grid

@@ -16,6 +16,7 @@ from migrator.cli.connection import READ_S, explain, is_lost, open_channel
 from migrator.cli.settings import Endpoint, endpoint
 from migrator.errors import MigratorError, Uncertain
 from migrator.status import from_rpc
+from migrator.units import format_size
 from migrator.v1 import migration_pb2
 from migrator.v1.migration_pb2_grpc import MigrationServiceStub
 
@@ -60,6 +61,7 @@ def _follow(
     watcher.start()
     interrupts = noted = 0
     turn = (0, "")
+    pulls = False
     with drawing.picture() as picture:
         picture.show(migration)
         while not migration.outcome:
@@ -70,6 +72,9 @@ def _follow(
                 if (migration.queue_position, migration.queue_host) != turn:
                     turn = (migration.queue_position, migration.queue_host)
                     picture.note(_turn(migration))
+                if migration.missing_bytes and not pulls:
+                    pulls = True
+                    picture.note(_pulls(migration))
                 if verbose:
                     for note in migration.notes[noted:]:
                         picture.note(note)
@@ -91,6 +96,13 @@ def _turn(migration: migration_pb2.Migration) -> str:
         return "its turn has come"
     whose = migration.queue_host or migration.source
     return f"queued: number {migration.queue_position} of those that wait for a place at {whose}"
+
+
+def _pulls(migration: migration_pb2.Migration) -> str:
+    return (
+        f"{migration.container} runs at {migration.destination}; {format_size(migration.missing_bytes)} of its memory "
+        f"is still at {migration.source}: until it is pulled, the container needs both hosts"
+    )
 
 
 def _cancel(migration: migration_pb2.Migration, target: Endpoint) -> str:

@@ -33,10 +33,11 @@ SNAPSHOTS = {
 )
 @click.option(
     "--on-no-converge",
-    type=click.Choice(["freeze", "abort", "throttle"]),
+    type=click.Choice(["freeze", "abort", "throttle", "postcopy"]),
     default="freeze",
     show_default=True,
-    help="If it writes faster than it can be sent: stop it all the same, roll back, or slow it down.",
+    help="If it writes faster than it can be sent: stop it all the same, roll back, slow it down, or let it run there "
+    "and pull the rest of its memory from here (it is lost if either host is, meanwhile).",
 )
 @click.option("--verify", is_flag=True, help="Compare whole volumes while it stands still; roll back if they differ.")
 @click.option(
@@ -74,8 +75,8 @@ def command(
 
     With -o json: one object with migration, container, source, destination, outcome (migrated, rolled_back, refused,
     cancelled, container_ended, uncertain, checked, timed_out; running or queued before its end), queue_position,
-    queue_host, downtime_ms, total_ms, bytes {memory, disk, wire}, phases [{name, start_ms, duration_ms, steps}], notes,
-    where_running, and error {reason, message, exit_code} or null.
+    queue_host, missing_bytes, downtime_ms, total_ms, bytes {memory, disk, wire}, phases [{name, start_ms, duration_ms,
+    steps}], notes, where_running, and error {reason, message, exit_code} or null.
     downtime_ms is the time from the source's freeze to the first task running at the destination: each clock's own
     share and the exchange between.
 

@@ -46,6 +46,7 @@ def migration_object(migration: migration_pb2.Migration) -> dict[str, object]:
         "outcome": outcome_name(migration),
         "queue_position": migration.queue_position or None,
         "queue_host": migration.queue_host or None,
+        "missing_bytes": migration.missing_bytes,
         "downtime_ms": round(migration.downtime_ms, 3),
         "total_ms": round(migration.total_ms, 3),
         "bytes": {"memory": migration.bytes.memory, "disk": migration.bytes.disk, "wire": migration.bytes.wire},

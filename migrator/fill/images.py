@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 from pycriu.images import mm_pb2, pagemap_pb2
 
+from blockdev.extents import Range
 from migrator import wire
 from migrator.errors import ExecutionError
+from migrator.fill import missing
 from migrator.fill import store as page_store
+from migrator.fill.missing import Marks
 from migrator.fill.spaces import Segment
 from migrator.fill.store import PAGE_BYTES
 from migrator.images import HEADER_BYTES, entries, joined, read
@@ -60,7 +63,7 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
     mappings = _mappings(images, pid)
     pages = f"{images}/pages-{pagemap_pb2.pagemap_head.FromString(head).pages_id}.img"
     amended = [head]
-    with _Pages(pages, page_store.path_of(store, pid)) as output:
+    with _Pages(pages, store, pid) as output:
         for entry, start, end in _entries(messages):
             # A plain dump marks what could be lazy, and writes it all the same.
             if entry.flags & _PRESENT or not entry.flags & (_PARENT | _LAZY):
@@ -72,10 +75,16 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
                     amended.append(_entry(piece.start, piece.end, _LAZY))
                 else:
                     amended.append(_entry(piece.start, piece.end, _PRESENT))
+                    output.expect_all(piece.start, piece.end)
                     output.copy(piece.start, piece.end)
                     if piece.vdso:
                         output.expect_data(piece.start, "[vdso]")
     _write(path, content[:HEADER_BYTES] + joined(amended))
+
+
+def lazy_ranges(images: Path, pid: int) -> list[Range]:
+    """The addresses of one process that `prepare` leaves to the fill if they have pages."""
+    return [Range(vma.start, vma.end) for vma in _mappings(images, pid) if vma.lazy]
 
 
 def lazy_segments(images: Path, pid: int) -> list[Segment]:
@@ -95,9 +104,10 @@ def lazy_segments(images: Path, pid: int) -> list[Segment]:
 class _Pages:
     """A pages file that is written anew: from the store, and from what it was."""
 
-    def __init__(self, path: str, source: Path) -> None:
+    def __init__(self, path: str, store: Path, pid: int) -> None:
         self._old = _open_if_there(path)
-        self._source = _open_if_there(source)
+        self._source = _open_if_there(page_store.path_of(store, pid))
+        self._marks = Marks.open_if_there(missing.path_of(store, pid))
         if self._old is not None and os.fstat(self._old).st_size:
             Path(path).unlink()
         self._new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -115,6 +125,8 @@ class _Pages:
             for descriptor in (self._old, self._source, self._new):
                 if descriptor is not None:
                     os.close(descriptor)
+            if self._marks is not None:
+                self._marks.close()
 
     def keep(self, length: int) -> None:
         """Take over what the file had next. Raises ExecutionError if it is shorter."""
@@ -127,6 +139,11 @@ class _Pages:
     def copy(self, start: int, end: int) -> None:
         """Append what the store has of a range."""
         self._append(self._source, start, end - start)
+
+    def expect_all(self, start: int, end: int) -> None:
+        """Raises ExecutionError if anything there is missing: no process can start without."""
+        if self._marks is not None and self._marks.first(start, end) is not None:
+            raise ExecutionError(f"memory at {start:x} was left at the source, which cannot be pulled")
 
     def expect_data(self, start: int, what: str) -> None:
         """Raises ExecutionError if the store has nothing there."""

@@ -3,13 +3,14 @@
 import ctypes
 import enum
 import errno
+import mmap
 import os
 import struct
 from typing import NamedTuple
 
 MESSAGE_BYTES = 32
 
-_COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
+_COPY, _ZEROPAGE, _WAKE, _WRITEPROTECT = 0xC028AA03, 0xC020AA04, 0x8010AA02, 0xC018AA06
 _MESSAGE = struct.Struct("=B7x3Q")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -64,6 +65,10 @@ class _ZeroPage(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("start", "length", "mode")] + [("zeroed", ctypes.c_int64)]
 
 
+class _WriteProtect(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("start", "length", "mode")]
+
+
 class _Range(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("start", "length")]
 
@@ -99,6 +104,15 @@ def wake(descriptor: int, start: int, length: int) -> None:
     if _libc.ioctl(descriptor, _WAKE, ctypes.byref(_Range(start, length))):
         code = ctypes.get_errno()
         raise OSError(code, f"UFFDIO_WAKE: {os.strerror(code)}", f"{start:x}-{start + length:x}")
+
+
+def is_gone(descriptor: int, address: int) -> bool:
+    """Whether the process has ended, or called exec: no message says so. `address` is of a page that is registered.
+
+    By a request that does nothing there (UFFDIO_WRITEPROTECT, Linux 5.7), since its memory is looked for first.
+    """
+    request = _WriteProtect(address, mmap.PAGESIZE, 0)
+    return _libc.ioctl(descriptor, _WRITEPROTECT, ctypes.byref(request)) != 0 and ctypes.get_errno() == errno.ESRCH
 
 
 def _failed(call: str, done: int, address: int, length: int) -> tuple[int, Outcome]:

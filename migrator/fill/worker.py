@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from migrator.fill import messages, userfault
+from migrator.fill import messages, missing, userfault
 from migrator.fill import store as page_store
 from migrator.fill.images import lazy_segments
 from migrator.fill.journal import Change, Journal
 from migrator.fill.messages import Kind, Packet
+from migrator.fill.missing import Marks, Pipes
 from migrator.fill.spaces import Segment, Space
 from migrator.fill.store import PAGE_BYTES
 from migrator.fill.userfault import Event, Message, Outcome
@@ -25,6 +26,10 @@ _CHUNK_BYTES = 1 << 20
 # What is filled next around a page that was asked for.
 _AROUND_BYTES = 64 << 10
 _PATIENCE_S = 10.0
+# As far as marks of missing pages are looked at in one go.
+_AHEAD_BYTES = 64 << 20
+# Without anything to map, nothing tells that a process has ended.
+_IDLE_S = 0.2
 # Of user space: all that a userfaultfd may have waiters in.
 _LOWEST, _HIGHEST = 1 << 16, {"x86_64": (1 << 47) - PAGE_BYTES, "aarch64": 1 << 48}
 
@@ -54,6 +59,11 @@ class Worker:
         self._numbers: dict[int, int] = {}
         self._files: dict[int, int | None] = {}
         self._sharers: dict[int, int] = {}
+        # Of post-copy: what is missing by owner, and who waits for it, by space and address.
+        self._marks: dict[int, Marks] = {}
+        self._pipes: Pipes | None = None
+        self._awaited: set[tuple[int, int]] = set()
+        self._starved = False
         # By owner: where its file has data, at least what is not yet filled of that.
         self._runs: dict[int, tuple[int, int]] = {}
         self._epoll = select.epoll()
@@ -72,16 +82,30 @@ class Worker:
         """Returns when everything is filled. Raises LostChild, and OSError for what the kernel should not answer."""
         gc.disable()
         while not (self._restored and not self._spaces):
-            working = bool(self._postponed) or (self._restored and not self._changing)
-            for descriptor, _ in self._epoll.poll(0 if working else (0.001 if self._changing else None)):
+            found = self._epoll.poll(self._may_wait_s())
+            for descriptor, _ in found:
                 if descriptor in self._numbers:
                     self._answer(self._numbers[descriptor])
+                elif self._pipes is not None and descriptor == self._pipes.news:
+                    self._answer_awaited(again=self._pipes.hear())
                 elif self._keeper is not None:  # unless its end was seen since
                     self._listen()
+            if self._starved and not found:
+                self._close_ended()
+            self._starved = self._starved and not found
             self._changing = False
             self._answer_postponed()
-            if self._restored:
+            if self._restored and not self._starved:
                 self._fill_some()
+
+    def _may_wait_s(self) -> float | None:
+        if self._postponed:
+            return 0
+        if self._changing:
+            return 0.001
+        if self._starved:
+            return _IDLE_S
+        return 0 if self._restored else None
 
     # What the keeper says
 
@@ -115,8 +139,18 @@ class Worker:
                 self._files[owner] = os.open(page_store.path_of(self._store, owner), os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:
                 self._files[owner] = None
+            self._find_marks(owner)
         self._sharers[owner] = self._sharers.get(owner, 0) + 1
         self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _find_marks(self, owner: int) -> None:
+        marks = Marks.open_if_there(missing.path_of(self._store, owner))
+        if marks is None:
+            return
+        self._marks[owner] = marks
+        if self._pipes is None:
+            self._pipes = Pipes(self._store)
+            self._epoll.register(self._pipes.news, select.EPOLLIN)
 
     def _close(self, number: int) -> None:
         """Nothing is left to do for a space. Its last descriptor frees its threads if they wait for a page of zeros."""
@@ -132,6 +166,9 @@ class Worker:
             if file is not None:
                 os.close(file)
                 page_store.path_of(self._store, space.owner).unlink(missing_ok=True)
+            if space.owner in self._marks:
+                self._marks.pop(space.owner).close()
+                missing.path_of(self._store, space.owner).unlink(missing_ok=True)
 
     # What the kernel says
 
@@ -145,6 +182,7 @@ class Worker:
         self._journal.settled()
         for address in faults:
             self._fault(number, address)
+        self._answer_awaited()  # what was missing may have been unmapped
 
     def _change(self, index: int, number: int, message: Message) -> None:
         child = 0
@@ -167,6 +205,11 @@ class Worker:
         segment = space.find(address)
         if segment is None:
             outcome = self._zero(number, space, address)
+        elif self._first_missing(space.owner, segment.source, PAGE_BYTES) is not None:
+            assert self._pipes is not None
+            self._awaited.add((number, address))
+            self._pipes.want(space.owner, segment.source)
+            return
         else:
             self._read(space.owner, segment.source, PAGE_BYTES)
             _, outcome = userfault.copy(self._descriptors[number], address, self._address, PAGE_BYTES)
@@ -202,6 +245,31 @@ class Worker:
             for number, address in postponed:
                 self._fault(number, address)
 
+    # What is missing
+
+    def _first_missing(self, owner: int, source: int, length: int) -> int | None:
+        marks = self._marks.get(owner)
+        return None if marks is None else marks.first(source, source + length)
+
+    def _answer_awaited(self, *, again: bool = False) -> None:
+        """Those whose page is not missing any more. With `again` all the others are asked for once more."""
+        for number, address in list(self._awaited):
+            space = self._spaces.get(number)
+            segment = space.find(address) if space is not None else None
+            is_missing = (
+                segment is not None
+                and space is not None
+                and self._first_missing(space.owner, segment.source, PAGE_BYTES) is not None
+            )
+            if again or not is_missing:
+                self._awaited.discard((number, address))
+                self._fault(number, address)
+
+    def _close_ended(self) -> None:
+        for number, space in list(self._spaces.items()):
+            if space and userfault.is_gone(self._descriptors[number], space.first.start):
+                self._close(number)
+
     # Filling
 
     def _fill_some(self) -> None:
@@ -216,11 +284,15 @@ class Worker:
                     self._fill(number, segment)
                 return
         for number, space in self._spaces.items():
-            if space:
-                self._fill(number, space.first)
-            else:
+            if not space:
                 self._close(number)
-            return
+                return
+            start, end, source = space.first
+            # Not page by page as they come, which would cut what is left into as many segments.
+            if self._first_missing(space.owner, source, min(end - start, _CHUNK_BYTES)) is None:
+                self._fill(number, space.first)
+                return
+        self._starved = bool(self._spaces)
 
     def _fill(self, number: int, segment: Segment) -> None:
         """Map what the store has first of a segment."""
@@ -228,6 +300,12 @@ class Worker:
         if space is None:
             return
         start, end, source = segment
+        if space.owner in self._marks:
+            length = min(end - start, _AHEAD_BYTES)
+            first = self._first_missing(space.owner, source, length)
+            end = start + (length if first is None else first - source)
+            if start == end:
+                return
         found = self._data(space.owner, source, source + end - start)
         if found is None:
             space.remove(start, end)

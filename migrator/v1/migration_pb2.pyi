@@ -34,6 +34,7 @@ class OnNoConverge(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ON_NO_CONVERGE_FREEZE: _ClassVar[OnNoConverge]
     ON_NO_CONVERGE_ABORT: _ClassVar[OnNoConverge]
     ON_NO_CONVERGE_THROTTLE: _ClassVar[OnNoConverge]
+    ON_NO_CONVERGE_POSTCOPY: _ClassVar[OnNoConverge]
 
 class HandoverSide(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -62,6 +63,7 @@ ON_NO_CONVERGE_UNSPECIFIED: OnNoConverge
 ON_NO_CONVERGE_FREEZE: OnNoConverge
 ON_NO_CONVERGE_ABORT: OnNoConverge
 ON_NO_CONVERGE_THROTTLE: OnNoConverge
+ON_NO_CONVERGE_POSTCOPY: OnNoConverge
 HANDOVER_SIDE_UNSPECIFIED: HandoverSide
 HANDOVER_SIDE_SOURCE: HandoverSide
 HANDOVER_SIDE_DESTINATION: HandoverSide
@@ -100,7 +102,7 @@ class Bytes(_message.Message):
     def __init__(self, memory: _Optional[int] = ..., disk: _Optional[int] = ..., wire: _Optional[int] = ...) -> None: ...
 
 class Migration(_message.Message):
-    __slots__ = ("name", "container", "source", "destination", "outcome", "downtime_ms", "total_ms", "bytes", "phases", "where_running", "error", "reason", "exit_code", "create_time", "progress", "notes", "queue_position", "queue_host")
+    __slots__ = ("name", "container", "source", "destination", "outcome", "downtime_ms", "total_ms", "bytes", "phases", "where_running", "error", "reason", "exit_code", "create_time", "progress", "notes", "queue_position", "queue_host", "missing_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +121,7 @@ class Migration(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
     QUEUE_HOST_FIELD_NUMBER: _ClassVar[int]
+    MISSING_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     container: str
     source: str
@@ -137,7 +140,8 @@ class Migration(_message.Message):
     notes: _containers.RepeatedScalarFieldContainer[str]
     queue_position: int
     queue_host: str
-    def __init__(self, name: _Optional[str] = ..., container: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., downtime_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., bytes: _Optional[_Union[Bytes, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., where_running: _Optional[str] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., queue_position: _Optional[int] = ..., queue_host: _Optional[str] = ...) -> None: ...
+    missing_bytes: int
+    def __init__(self, name: _Optional[str] = ..., container: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., downtime_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., bytes: _Optional[_Union[Bytes, _Mapping]] = ..., phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ..., where_running: _Optional[str] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., queue_position: _Optional[int] = ..., queue_host: _Optional[str] = ..., missing_bytes: _Optional[int] = ...) -> None: ...
 
 class CreateMigrationRequest(_message.Message):
     __slots__ = ("container", "destination", "check_only", "timeout_ms", "bandwidth_bytes_per_second", "verify", "max_downtime_ms", "on_no_converge", "snapshots")

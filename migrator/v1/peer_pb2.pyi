@@ -286,18 +286,20 @@ class DecideRequest(_message.Message):
     def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
 
 class DecideResponse(_message.Message):
-    __slots__ = ("ownership", "resume_ms", "total_ms", "steps", "refusal")
+    __slots__ = ("ownership", "resume_ms", "total_ms", "steps", "refusal", "missing_bytes")
     OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     RESUME_MS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    MISSING_BYTES_FIELD_NUMBER: _ClassVar[int]
     ownership: Ownership
     resume_ms: float
     total_ms: float
     steps: _containers.RepeatedCompositeFieldContainer[TimedStep]
     refusal: str
-    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ..., refusal: _Optional[str] = ...) -> None: ...
+    missing_bytes: int
+    def __init__(self, ownership: _Optional[_Union[Ownership, str]] = ..., resume_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[TimedStep, _Mapping]]] = ..., refusal: _Optional[str] = ..., missing_bytes: _Optional[int] = ...) -> None: ...
 
 class GetDecisionRequest(_message.Message):
     __slots__ = ("migration", "epoch")
@@ -326,3 +328,21 @@ class GetArrivalResponse(_message.Message):
     STAGE_FIELD_NUMBER: _ClassVar[int]
     stage: ArrivalStage
     def __init__(self, stage: _Optional[_Union[ArrivalStage, str]] = ...) -> None: ...
+
+class PullMemoryRequest(_message.Message):
+    __slots__ = ("migration", "epoch", "pid", "ranges")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    epoch: int
+    pid: int
+    ranges: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, migration: _Optional[str] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., ranges: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PullMemoryResponse(_message.Message):
+    __slots__ = ("piece",)
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    piece: SendRequest
+    def __init__(self, piece: _Optional[_Union[SendRequest, _Mapping]] = ...) -> None: ...

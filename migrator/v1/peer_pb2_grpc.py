@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PeerServiceStub:
-    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks. An end ignores
+    """Between agents. The source of a migration is the client, except for GetDecision and PullMemory, which a destination asks. An end ignores
     fields that it does not know; what it offers beyond that is named in features, and used only where both name it.
     Every message names its migration and epoch; one that does not fit the state it finds is refused and changes nothing.
     """
@@ -92,10 +92,15 @@ class PeerServiceStub:
                 request_serializer=migrator_dot_v1_dot_peer__pb2.GetArrivalRequest.SerializeToString,
                 response_deserializer=migrator_dot_v1_dot_peer__pb2.GetArrivalResponse.FromString,
                 _registered_method=True)
+        self.PullMemory = channel.stream_stream(
+                '/migrator.v1.PeerService/PullMemory',
+                request_serializer=migrator_dot_v1_dot_peer__pb2.PullMemoryRequest.SerializeToString,
+                response_deserializer=migrator_dot_v1_dot_peer__pb2.PullMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
-    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks. An end ignores
+    """Between agents. The source of a migration is the client, except for GetDecision and PullMemory, which a destination asks. An end ignores
     fields that it does not know; what it offers beyond that is named in features, and used only where both name it.
     Every message names its migration and epoch; one that does not fit the state it finds is refused and changes nothing.
     """
@@ -180,6 +185,15 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullMemory(self, request_iterator, context):
+        """Reads the memory of the copy that stands still at the source: what a destination has been told in targets "missing/PID"
+        that it has not got. Answers come in the order of the requests, all of what was asked for in each. Fails with
+        MEMORY_LOST if that copy is not there any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -238,6 +252,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     request_deserializer=migrator_dot_v1_dot_peer__pb2.GetArrivalRequest.FromString,
                     response_serializer=migrator_dot_v1_dot_peer__pb2.GetArrivalResponse.SerializeToString,
             ),
+            'PullMemory': grpc.stream_stream_rpc_method_handler(
+                    servicer.PullMemory,
+                    request_deserializer=migrator_dot_v1_dot_peer__pb2.PullMemoryRequest.FromString,
+                    response_serializer=migrator_dot_v1_dot_peer__pb2.PullMemoryResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'migrator.v1.PeerService', rpc_method_handlers)
@@ -247,7 +266,7 @@ def add_PeerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PeerService:
-    """Between agents. The source of a migration is the client, except for GetDecision, which a destination asks. An end ignores
+    """Between agents. The source of a migration is the client, except for GetDecision and PullMemory, which a destination asks. An end ignores
     fields that it does not know; what it offers beyond that is named in features, and used only where both name it.
     Every message names its migration and epoch; one that does not fit the state it finds is refused and changes nothing.
     """
@@ -539,6 +558,33 @@ class PeerService:
             '/migrator.v1.PeerService/GetArrival',
             migrator_dot_v1_dot_peer__pb2.GetArrivalRequest.SerializeToString,
             migrator_dot_v1_dot_peer__pb2.GetArrivalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullMemory(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/migrator.v1.PeerService/PullMemory',
+            migrator_dot_v1_dot_peer__pb2.PullMemoryRequest.SerializeToString,
+            migrator_dot_v1_dot_peer__pb2.PullMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

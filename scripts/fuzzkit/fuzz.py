@@ -257,8 +257,9 @@ class Worker:
             ("Decide", peer_pb2.DecideRequest(migration=name, epoch=epoch, decision=peer_pb2.DECISION_RELEASED)),
             ("GetDecision", peer_pb2.GetDecisionRequest(migration=name, epoch=epoch)),
             ("GetArrival", peer_pb2.GetArrivalRequest(migration=name, epoch=epoch)),
+            ("PullMemory", peer_pb2.PullMemoryRequest(migration=name, epoch=epoch, pid=7, ranges=[4096, 4096])),
         ]
-        return chance.choices(choices, [2, 2, 2, 2, 2, 2, 1, 2, 2])[0]
+        return chance.choices(choices, [2, 2, 2, 2, 2, 2, 1, 2, 2, 2])[0]
 
     def _ask(self) -> None:
         method, request = self._question()
@@ -270,11 +271,11 @@ class Worker:
         method, request = self._question()
         content = messages.garbage(self._chance, request)
         connection = self._channels[self._caller()]
-        kinds = {"DigestVolume": connection.unary_stream}
+        kinds = {"DigestVolume": connection.unary_stream, "PullMemory": connection.stream_stream}
         make: Any = kinds.get(method, connection.unary_unary)
         call = make(f"{SERVICE}{method}")
         try:
-            answer = call(content, timeout=CALL_S)
+            answer = call(iter([content]) if method == "PullMemory" else content, timeout=CALL_S)
             if method in kinds:
                 list(answer)
             outcome = "OK"
@@ -314,8 +315,9 @@ class Worker:
 
     def _call(self, caller: str, method: str, request: Message) -> str:
         try:
-            answer = getattr(self._stubs[caller], method)(request, timeout=CALL_S)
-            if method == "DigestVolume":
+            asked = iter([request]) if method == "PullMemory" else request
+            answer = getattr(self._stubs[caller], method)(asked, timeout=CALL_S)
+            if method in ("DigestVolume", "PullMemory"):
                 list(answer)
             outcome = "OK"
         except grpc.RpcError as error:

@@ -13,6 +13,7 @@ from agent.managers import migration_folder
 from agent.snapshots import SnapshotKeeper
 from blockdev.blocks import Piece
 from blockdev.volume import VolumeStore
+from migrator.fill import missing
 from migrator.network import Neighbour
 from migrator.shm.store import SharedStore
 from migrator.source import FEATURES
@@ -91,6 +92,12 @@ class FolderReservation:
 
     def run(self) -> Mapping[str, float]:
         return {"thaw": 1.0}
+
+    def missing_bytes(self) -> int:
+        return missing.left_bytes(self.memory)
+
+    def lose(self, why: str) -> None:
+        pass
 
     def settle(self) -> bool:
         """Gone as soon as it is here, so that the folder stays small."""

@@ -18,11 +18,12 @@ STRINGS = (
     "\u0661\u0662", "\x1b[31m", "%2e%2e%2f", "x" * 200, "y" * 20_000, "$(id)", "'; DROP TABLE incoming; --", "-rf",
     "m-1", "m-0", "ct", "ct-0", "volume/0", "volume/99", "volume/-1", "log", "log/x", "image/core-1.img", "image/..",
     f"image/../{MARK}", "image/descriptors.json", "memory/1", "memory/0", "memory/-1", "memory/" + "9" * 5000,
+    "missing/1", "missing/../1", "missing/" + "9" * 5000,
     "memory/\u0661", "shared/memfd/1/x", "shared/memfd/1/y", "shared/sysv/1", "shared/sysv/" + "9" * 5000,
     "shared/memfd/1/%00", "snapshot/0/0", "snapshot/1/0", "snapshot/99/0", "snapshot/0/99", "snapshot/\u0660/0",
 )  # fmt: skip
 TARGETS = (
-    "volume/0", "volume/0", "image/core-1.img", "memory/7", "log", "shared/memfd/5/name", "shared/sysv/3",
+    "volume/0", "volume/0", "image/core-1.img", "memory/7", "missing/7", "log", "shared/memfd/5/name", "shared/sysv/3",
     "snapshot/0/0",
 )  # fmt: skip
 INTEGERS = (

@@ -32,6 +32,7 @@ from migrator import certificates
 from migrator.arrivals import Arrivals
 from migrator.errors import Unreachable
 from migrator.handover import Incoming
+from migrator.postcopy import Lent, Requests
 from migrator.source import Here
 from migrator.v1 import migration_pb2_grpc, peer_pb2, peer_pb2_grpc
 
@@ -81,7 +82,7 @@ def make_servers(folder: Path, resources: ExitStack) -> Servers:
     # Of what is left out here a message only reaches the records.
     keeper = SnapshotKeeper(database, cast(Any, None), volumes, config.state_dir / "snapshots")
     host = FolderHost(config, volumes, keeper, incomings)
-    arrivals = Arrivals(host, incomings, PLACES)
+    arrivals = Arrivals(host, incomings, _lend_nothing, PLACES)
     leaving = Migrations(
         cast(Managers, SimpleNamespace(database=database, config=config)), Here(HOST, "6.18", (), "4.2")
     )
@@ -104,6 +105,10 @@ def make_servers(folder: Path, resources: ExitStack) -> Servers:
 
 
 def _ask_nobody(record: Incoming) -> "peer_pb2.Decision":
+    raise Unreachable(f"{record.source} is not asked here")
+
+
+def _lend_nothing(record: Incoming, requests: Requests) -> Lent:
     raise Unreachable(f"{record.source} is not asked here")
 
 

@@ -34,6 +34,7 @@ from migrator.errors import AlreadyExists, ExecutionError, MigratorError, NotFou
 from migrator.handover import HandoverError, Incoming, Keep, Stage
 from migrator.network import Neighbour
 from migrator.options import Options
+from migrator.postcopy import Lent, Requests
 from migrator.progress import Progress
 from migrator.source import FEATURES, Departure, Here
 from migrator.v1 import migration_pb2, peer_pb2
@@ -116,6 +117,10 @@ class ArrivalHost(FakeArrivalHost):
         return Arriving(self._host, folder, self._world, self._call, live)
 
 
+def _lend_nothing(record: Incoming, requests: Requests) -> Lent:
+    raise AssertionError("nothing is left behind here")
+
+
 class Host:
     """One host: what is on its disk, what runs there, and its agent while that lives."""
 
@@ -138,7 +143,7 @@ class Host:
     def start(self) -> None:
         """A new agent, which knows what is on the disk."""
         self.is_up = True
-        self.arrivals = Arrivals(self.arrival_host, FaultyIncomings(self.incomings, self.calls))
+        self.arrivals = Arrivals(self.arrival_host, FaultyIncomings(self.incomings, self.calls), _lend_nothing)
 
     def stop(self) -> None:
         """The agent is dead."""

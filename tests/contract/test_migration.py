@@ -8,8 +8,9 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,7 +21,6 @@ from migrator import answers, rounds
 from migrator.errors import ExecutionError, Unreachable
 from migrator.handover import Decision, Stage
 from migrator.numbered import Outbound
-from migrator.options import Options
 from migrator.progress import Progress
 from migrator.source import FEATURES, Departure
 from migrator.stream import Digests, Meter, Sender
@@ -38,31 +38,46 @@ MS_BIND, MNT_DETACH = 4096, 2
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 
 
+class Case(NamedTuple):
+    """A container in this state; one that `pulls` is moved by post-copy."""
+
+    state: "container_pb2.ContainerState"
+    pulls: bool = False
+
+
+RUNNING = Case(LIVE)
+PULLED = Case(LIVE, pulls=True)
+CASES = pytest.mark.parametrize("case", [RUNNING, Case(STOPPED), PULLED], ids=["running", "stopped", "pulled"])
+LIVE_CASES = pytest.mark.parametrize("case", [RUNNING, PULLED], ids=["running", "pulled"])
+
+
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     with make_pair(tmp_path / "pair", monkeypatch) as made:
         yield made
 
 
-def all_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
-) -> list[tuple[str, int]]:
+def pair_of(folder: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> AbstractContextManager[Pair]:
+    return make_pair(folder, monkeypatch, case.state, leave_memory=case.pulls)
+
+
+def all_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> list[tuple[str, int]]:
     """What one migration without a fault calls, in order."""
-    with make_pair(tmp_path / "dry", monkeypatch, state) as pair:
+    with pair_of(tmp_path / "dry", monkeypatch, case) as pair:
         pair.migrate()
-        assert pair.expect_settled(state == LIVE)
+        assert pair.expect_settled(case.state == LIVE)
         return list(pair.calls.seen)
 
 
-@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
-def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState") -> None:
-    with make_pair(tmp_path / "pair", monkeypatch, state) as pair:
+@CASES
+def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    with pair_of(tmp_path / "pair", monkeypatch, case) as pair:
         _, progress = pair.migrate()
-        assert pair.expect_settled(state == LIVE)
+        assert pair.expect_settled(case.state == LIVE)
         (made,) = pair.host.reservations.values()
         assert made.volumes[0].read_bytes() == pair.container.image.read_bytes()
         assert made.log.read_text() == "a line\n"
-        if state == LIVE:
+        if case.state == LIVE:
             shared = made.shared.memfd(7)
             assert shared is not None
             assert os.pread(shared, 8192, 0) == b"s" * 4096
@@ -72,16 +87,17 @@ def test_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "conta
                 memory.seek(one.start)
                 assert memory.read(one.length) == b"m" * one.length
                 memory.seek(other.start)
-                assert not any(memory.read(other.length))
+                assert any(memory.read(other.length)) == case.pulls
+                if case.pulls:
+                    memory.seek(FakeMemory.rush.start)
+                    assert memory.read(FakeMemory.rush.length) == b"r" * FakeMemory.rush.length
         migration = progress.snapshot()
         assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_MIGRATED, "b")
 
 
-@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
-def test_verify_finds_what_was_not_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
-) -> None:
-    with make_pair(tmp_path / "pair", monkeypatch, state) as pair:
+@CASES
+def test_verify_finds_what_was_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    with pair_of(tmp_path / "pair", monkeypatch, case) as pair:
         asked = itertools.count()
 
         def damage(call: str) -> None:
@@ -96,7 +112,7 @@ def test_verify_finds_what_was_not_sent(
         name, progress = pair.migrate()
         pair.carry_on(name, progress)
         pair.tend()
-        assert not pair.expect_settled(state == LIVE)
+        assert not pair.expect_settled(case.state == LIVE)
         migration = progress.snapshot()
         assert (migration.outcome, migration.where_running) == (migration_pb2.OUTCOME_ROLLED_BACK, "a")
         assert migration.reason == "VERIFY"
@@ -181,26 +197,24 @@ ERRORS: dict[str, Callable[[str], BaseException]] = {
 }
 
 
-@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
+@CASES
 @pytest.mark.parametrize("error", ERRORS)
-def test_every_call_fails_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState", error: str
-) -> None:
-    calls = all_calls(tmp_path, monkeypatch, state)
+def test_every_call_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case, error: str) -> None:
+    calls = all_calls(tmp_path, monkeypatch, case)
     for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
         if name.startswith("journal") and error != "execution":
             continue
         if name.startswith("peer") and error == "os":
             continue
         fault = Fault(name, number, after, ERRORS[error])
-        with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
+        with pair_of(tmp_path / str(index), monkeypatch, case) as pair:
             pair.calls.fault = fault
             migration, progress = pair.migrate()
             assert pair.calls.struck, fault
             pair.carry_on(migration, progress)
             for _ in range(3):
                 pair.tend()
-            moved = check(pair, fault, state)
+            moved = check(pair, fault, case)
             outcome = progress.snapshot()
             if moved:
                 assert outcome.outcome == migration_pb2.OUTCOME_MIGRATED, fault
@@ -208,18 +222,16 @@ def test_every_call_fails_once(
                 assert outcome.outcome in (migration_pb2.OUTCOME_REFUSED, migration_pb2.OUTCOME_ROLLED_BACK), fault
                 assert str(fault) in outcome.error or name.startswith("journal a.abort"), (fault, outcome.error)
             if not moved:
-                next_one_works(pair, fault, state)
+                next_one_works(pair, fault, case)
 
 
-@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
-def test_every_call_fails_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
-) -> None:
+@CASES
+def test_every_call_fails_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """As with a disk that is full until somebody makes room: from a moment on every call of a kind fails."""
-    calls = all_calls(tmp_path, monkeypatch, state)
+    calls = all_calls(tmp_path, monkeypatch, case)
     for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
         fault = Fault(name, number, after, ExecutionError, lasting=True)
-        with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
+        with pair_of(tmp_path / str(index), monkeypatch, case) as pair:
             pair.calls.fault = fault
             pair.calls.at_strike = Mended(pair)
             migration, progress = pair.migrate()
@@ -230,8 +242,8 @@ def test_every_call_fails_for_a_while(
             pair.carry_on(migration, progress)
             for _ in range(3):
                 pair.tend()
-            if not check(pair, fault, state):
-                next_one_works(pair, fault, state)
+            if not check(pair, fault, case):
+                next_one_works(pair, fault, case)
 
 
 class Mended:
@@ -249,11 +261,9 @@ class Mended:
             self._pair.calls.fault = None
 
 
-@pytest.mark.parametrize("state", [LIVE, STOPPED], ids=["running", "stopped"])
-def test_destination_dies_at_every_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: "container_pb2.ContainerState"
-) -> None:
-    calls = all_calls(tmp_path, monkeypatch, state)
+@CASES
+def test_destination_dies_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    calls = all_calls(tmp_path, monkeypatch, case)
     mine = [call for call in calls if call[0].startswith(("destination", "journal b"))]
     for index, ((name, number), after, reboot) in enumerate(itertools.product(mine, (False, True), (False, True))):
         committed = (name, after) == ("journal b.own", True)
@@ -261,7 +271,7 @@ def test_destination_dies_at_every_call(
             continue  # the container was that host's own: a reboot ends it as any other
         # Over the wire a dead agent is one that cannot be reached; it stays dead until it is started again.
         fault = Fault(name, number, after, Unreachable)
-        with make_pair(tmp_path / str(index), monkeypatch, state) as pair:
+        with pair_of(tmp_path / str(index), monkeypatch, case) as pair:
             pair.calls.fault = fault
             monkeypatch.setattr(answers, "PATIENCE_S", 0.0)
             dead = DeadForOneQuestion(pair, reboot)
@@ -272,7 +282,7 @@ def test_destination_dies_at_every_call(
             pair.carry_on(migration, progress)
             for _ in range(3):
                 pair.tend()
-            check(pair, fault, state)
+            check(pair, fault, case)
 
 
 class DeadForOneQuestion:
@@ -302,14 +312,15 @@ class DeadForOneQuestion:
         self._pair.restart_destination()
 
 
+@LIVE_CASES
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "no guard"])
-def test_source_dies_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guard: bool) -> None:
-    calls = all_calls(tmp_path, monkeypatch, LIVE)
+def test_source_dies_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case, guard: bool) -> None:
+    calls = all_calls(tmp_path, monkeypatch, case)
     for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
         if name.startswith(("destination", "journal b")):
             continue
         fault = Fault(name, number, after, Died)
-        with make_pair(tmp_path / str(index), monkeypatch) as pair:
+        with pair_of(tmp_path / str(index), monkeypatch, case) as pair:
             pair.calls.fault = fault
             migration, progress = die(pair)
             assert pair.calls.struck, fault
@@ -325,14 +336,15 @@ def test_source_dies_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             pair.carry_on(migration, progress)
             for _ in range(3):
                 pair.tend()
-            check(pair, fault, LIVE)
+            check(pair, fault, case)
 
 
-def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = [call for call in all_calls(tmp_path, monkeypatch, LIVE) if call[0].startswith("peer")]
+@LIVE_CASES
+def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    calls = [call for call in all_calls(tmp_path, monkeypatch, case) if call[0].startswith("peer")]
     for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
         fault = Fault(name, number, after, Unreachable)
-        with make_pair(tmp_path / str(index), monkeypatch) as pair:
+        with pair_of(tmp_path / str(index), monkeypatch, case) as pair:
             pair.calls.fault = fault
             monkeypatch.setattr(answers, "PATIENCE_S", 0.0)
             link = CutLink(pair)
@@ -344,8 +356,8 @@ def test_link_is_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             pair.carry_on(migration, progress)
             for _ in range(3):
                 pair.tend()
-            if not check(pair, fault, LIVE):
-                next_one_works(pair, fault, LIVE)
+            if not check(pair, fault, case):
+                next_one_works(pair, fault, case)
 
 
 class CutLink:
@@ -364,17 +376,18 @@ class CutLink:
             raise Unreachable("the link is cut")
 
 
-def test_cancelled_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = all_calls(tmp_path, monkeypatch, LIVE)
+@LIVE_CASES
+def test_cancelled_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    calls = all_calls(tmp_path, monkeypatch, case)
     outcomes = []
     for index, ((name, number), after) in enumerate(itertools.product(calls, (False, True))):
-        with make_pair(tmp_path / str(index), monkeypatch) as pair:
-            outcomes.append(cancelled_at(pair, (name, number, after)))
+        with pair_of(tmp_path / str(index), monkeypatch, case) as pair:
+            outcomes.append(cancelled_at(pair, case, (name, number, after)))
     assert outcomes.count(True) > 10
     assert outcomes.count(False) > 10
 
 
-def cancelled_at(pair: Pair, moment: tuple[str, int, bool]) -> bool:
+def cancelled_at(pair: Pair, case: Case, moment: tuple[str, int, bool]) -> bool:
     """Whether the cancellation was accepted; then it has to be true, and else the container has to move."""
     made = next(names)
     progress = Progress(migration_pb2.Migration(name=made, container="ct", source="a", destination="b"))
@@ -386,8 +399,10 @@ def cancelled_at(pair: Pair, moment: tuple[str, int, bool]) -> bool:
 
     pair.calls.witness = witness
     outgoings = FaultyOutgoings(pair.outgoings, pair.calls)
-    Departure(made, HERE, pair.container, pair.peer, outgoings, progress, Options(verify=True)).run()
-    moved = check(pair, moment, LIVE)
+    Departure(made, HERE, pair.container, pair.peer, outgoings, progress, pair.options).run()
+    if case.pulls:
+        pair.tend()
+    moved = check(pair, moment, case)
     assert accepted == [not moved], moment
     assert moved or progress.snapshot().exit_code == 130
     return not moved
@@ -413,17 +428,17 @@ def test_silence_after_ready_decides_nothing(pair: Pair) -> None:
     assert "held" in pair.host.left()
     pair.source_is_up = True
     pair.carry_on(migration, progress)
-    check(pair, pair.calls.fault, LIVE)
+    check(pair, pair.calls.fault, RUNNING)
 
 
-def check(pair: Pair, fault: object, state: "container_pb2.ContainerState") -> bool:
+def check(pair: Pair, fault: object, case: Case) -> bool:
     try:
-        return pair.expect_settled(state == LIVE)
+        return pair.expect_settled(case.state == LIVE)
     except AssertionError as error:
         raise AssertionError(f"{fault}: {error}") from error
 
 
-def next_one_works(pair: Pair, fault: object, state: "container_pb2.ContainerState") -> None:
+def next_one_works(pair: Pair, fault: object, case: Case) -> None:
     pair.calls.fault = None
     _, progress = pair.migrate()
-    assert check(pair, f"after {fault}", state), progress.snapshot().error
+    assert check(pair, f"after {fault}", case), progress.snapshot().error

@@ -20,7 +20,7 @@ from tests.fakes.pair import HERE, Pair, make_pair
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.setattr(FakeLeaving, "snapshots", ())
     with make_pair(tmp_path / "pair", monkeypatch) as made:
-        made.peer.arrivals = arrivals.Arrivals(made.host, made.incomings, places=1)
+        made.peer.arrivals = arrivals.Arrivals(made.host, made.incomings, made.lend, places=1)
         yield made
 
 

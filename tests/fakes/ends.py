@@ -5,6 +5,7 @@ after, and what is raised. What exists at a host is a set of words, so that a te
 """
 
 import itertools
+import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,13 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pycriu.images import mm_pb2
+
 from agent.journal import Incomings, Outgoings
-from blockdev import blocks
+from blockdev import blocks, extents
 from blockdev.blocks import Batch, Piece
 from blockdev.extents import Range
+from migrator import images
 from migrator.arrivals import Arrivals
 from migrator.errors import ExecutionError, Unreachable
 from migrator.files import write_file
+from migrator.fill import missing
 from migrator.handover import Incoming, Keep, Outgoing, Stage
 from migrator.memory import Collected, Moment, ObjectKey, ProcessChange, ProcessKey, SharedChange, mappings
 from migrator.network import Neighbour
@@ -136,10 +141,14 @@ class FakeMemory:
     # More than could be sent while a container stands still: zeros.
     burst = Range(1 << 41, (1 << 41) + (1 << 30))
 
-    def __init__(self, bursts: int = 0) -> None:
+    # What one that writes faster than can be sent writes all the time.
+    rush = Range(1 << 42, (1 << 42) + (8 << 20))
+
+    def __init__(self, bursts: int = 0, *, writes_fast: bool = False) -> None:
         """The first `bursts` looks at the container that has stopped find a burst."""
         one, other = self.pages
         self._bursts = bursts
+        self._writes_fast = writes_fast
         self._looks = [
             ProcessChange(self.process, [one], [other], True),
             ProcessChange(self.process, [*self.pages], [], True),
@@ -152,14 +161,27 @@ class FakeMemory:
         if moment is Moment.STOPPED and self._bursts:
             self._bursts -= 1
             return Collected([ProcessChange(self.process, [self.burst], [], True)], [self.shared])
+        if self._writes_fast:
+            return Collected([ProcessChange(self.process, [*self.pages, self.rush], [], True)], [self.shared])
         return Collected([self._looks.pop()] if self._looks else [], [self.shared])
 
     def drain(self, seconds: float = 1.0) -> list[str]:
         return []
 
+    @classmethod
+    def contents(cls, ranges: Iterable[Range]) -> Iterator[Batch]:
+        """As it is in the end, of what it writes all the time."""
+        for part in ranges:
+            assert cls.rush.start <= part.start < part.end <= cls.rush.end
+            yield Batch([part.start, part.length], b"r" * part.length)
+
     def read(self, process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch]:
         for part in ranges:
-            is_gone = part == self.pages[1] and not self._looks
+            if part == self.rush:
+                for piece in extents.pieces([part], blocks.PIECE_BYTES):
+                    yield Batch([piece.start, piece.length], b"R" * piece.length)
+                continue
+            is_gone = part == self.pages[1] and not self._looks and not self._writes_fast
             if part == self.burst or is_gone:
                 yield from blocks.zeros([part])
             else:
@@ -191,6 +213,8 @@ class FakeMemory:
 class FakeLeaving:
     """A container at the source (`migrator.ports.LeavingContainer`)."""
 
+    PID = 7
+
     def __init__(
         self,
         folder: Path,
@@ -209,6 +233,7 @@ class FakeLeaving:
         self.memory_bytes = 4096
         self.unwritten_bytes = 0
         self.bursts = 0
+        self.writes_fast = False
         self.log = folder / "log"
         self.log.write_text("a line\n")
         self.image = folder / "volume"
@@ -260,12 +285,12 @@ class FakeLeaving:
     def track_memory(self) -> Iterator[tuple[FakeMemory, str]]:
         with self._call("source.track memory"):
             pass
-        yield FakeMemory(self.bursts), "memory is tracked by a fake"
+        yield FakeMemory(self.bursts, writes_fast=self.writes_fast), "memory is tracked by a fake"
         with self._call("source.untrack memory"):
             pass
 
     def pid_inside(self, pid: int) -> int:
-        return 7
+        return self.PID
 
     @contextmanager
     def prepare_checkpoint(self, *, with_memory: bool) -> Iterator["FakeLeaving"]:
@@ -291,6 +316,7 @@ class FakeLeaving:
             assert self.frozen
             self.criu_holds = True
             (self.images / "core-1.img").write_bytes(b"core" * 100)
+            (self.images / f"mm-{self.PID}.img").write_bytes(_mappings(FakeMemory.rush))
             (self.images / "shm.img").write_bytes(SHM)
 
     def early_images(self) -> Sequence[Path]:
@@ -389,6 +415,19 @@ class FakeLeaving:
     def _update(self) -> None:
         self._world.source_runs = self._live and not (self.frozen or self.killed or self.ended)
         self._world.check()
+
+
+def _mappings(part: Range) -> bytes:
+    """CRIU's image of them, with one that is private and anonymous: the fill maps that."""
+    made = mm_pb2.mm_entry(
+        mm_start_code=0, mm_end_code=0, mm_start_data=0, mm_end_data=0, mm_start_stack=0, mm_start_brk=0, mm_brk=0,
+        mm_arg_start=0, mm_arg_end=0, mm_env_start=0, mm_env_end=0, exe_file_id=0,
+    )  # fmt: skip
+    made.vmas.add(
+        start=part.start, end=part.end, pgoff=0, shmid=0, prot=3, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+        status=1, fd=-1,
+    )  # fmt: skip
+    return bytes(images.HEADER_BYTES) + images.joined([made.SerializeToString()])
 
 
 class FakeReservation:
@@ -492,7 +531,18 @@ class FakeReservation:
             self._world.check()
         return {"thaw": 1.0}
 
+    def missing_bytes(self) -> int:
+        return 0 if self.lost else missing.left_bytes(self.memory)
+
+    def lose(self, why: str) -> None:
+        """Killed: nothing waits for what is missing any more."""
+        with self._call("destination.lose"):
+            self.lost = True
+            self._world.destination_runs = False
+
     def settle(self) -> bool:
+        if self.missing_bytes():
+            return False
         with self._call("destination.settle"):
             self.owned = True
             self.left.clear()
@@ -573,6 +623,7 @@ class LoopbackPeer:
         self._arrival_host = arrival_host
         self._call = calls
         self.intercept: Callable[[str], None] = lambda _: None
+        self.before_decide: Callable[[], None] = lambda: None
         self._check: Callable[[], None] = lambda: None
         self._streams = itertools.count(1)
 
@@ -643,6 +694,7 @@ class LoopbackPeer:
 
     def decide(self, migration: str, epoch: int, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
         with self._wire("decide"):
+            self.before_decide()
             request = peer_pb2.DecideRequest(migration=migration, epoch=epoch, decision=decision)
             return self.arrivals.decide(self._source, request)
 

@@ -1,0 +1,183 @@
+"""Memory that is pulled after the handover: never a wrong byte, whoever dies, and an end if its last copy is lost."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab import victim
+from tests.lab.crash_kit import Crashes, faults_allowed
+from tests.lab.lab_kit import HOSTS, Lab, eventually
+from tests.lab.victim import start, told
+
+pytestmark = [pytest.mark.lab, pytest.mark.root]
+
+A, B = HOSTS
+NAME = "endless"
+POSTCOPY = ("--on-no-converge", "postcopy", "--bandwidth", "80Mbit/s")
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    return victim.compiled()
+
+
+@pytest.fixture(scope="module")
+def allowed(lab_session: Lab) -> Iterator[Crashes]:
+    with faults_allowed(lab_session) as made:
+        yield made
+
+
+@pytest.fixture
+def faulty(allowed: Crashes, lab: Lab, program: str) -> Iterator[Crashes]:
+    """The container at host-a, and agents that fail where they are asked to."""
+    allowed.forget()
+    start(lab, program, NAME, 24)
+    yield allowed
+    allowed.forget()
+
+
+def phases(report: dict[str, Any]) -> list[str]:
+    return [phase["name"] for phase in report["phases"]]
+
+
+def expect_whole(lab: Lab, host: str) -> None:
+    rounds, bad = told(lab, host, NAME)
+    assert not bad
+    eventually("it goes on", lambda: told(lab, host, NAME)[0] > rounds + 2, 60)
+    assert not told(lab, host, NAME)[1]
+
+
+def expect_moved(lab: Lab) -> None:
+    """All of it is at host-b, and nothing at host-a."""
+    eventually("it is at host-b alone", lambda: lab.where(NAME) == [B], 60)
+    expect_whole(lab, B)
+    eventually("nothing is left to pull", lambda: not lab.leftovers(A), 60)
+
+
+def test_never_a_wrong_byte(lab: Lab, program: str) -> None:
+    start(lab, program, NAME, 24)
+    for source, destination in ((A, B), (B, A)):
+        report = lab.migrate(NAME, source, destination, *POSTCOPY)
+        print(f"{report['downtime_ms']:.0f} ms", *report["notes"], sep="\n")
+        assert "does not converge: postcopy" in report["notes"]
+        assert phases(report)[-3:] == ["handover", "pull", "finish"]
+        assert not report["missing_bytes"]
+        # Sending what is left takes 2 s.
+        assert report["downtime_ms"] < 800
+        expect_whole(lab, destination)
+        assert not [kind for kind, found in lab.clean(source).items() if found]
+
+
+def test_it_says_how_much_is_missing(lab: Lab, program: str) -> None:
+    start(lab, program, NAME, 64)
+    with lab.background(A, "migrate", NAME, B, *POSTCOPY) as process:
+        eventually("it pulls", lambda: any(row["missing_bytes"] for row in migrations(lab)), 60)
+        (running,) = [row for row in migrations(lab) if row["outcome"] == "running"]
+        assert (running["where_running"], running["phases"][-1]["name"]) == (B, "pull")
+        done = lab.run(A, "migrator", "migrations", "cancel", running["migration"])
+        assert done.returncode != 0 and "committed" in done.stderr
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "is still at host-a" in err
+    assert "moved from host-a to host-b" in out
+    expect_whole(lab, B)
+
+
+def migrations(lab: Lab) -> list[dict[str, Any]]:
+    names = [row["migration"] for row in json.loads(lab.ok(A, "migrator", "migrations", "ls", "-o", "json"))]
+    return [json.loads(lab.ok(A, "migrator", "migrations", "show", name, "-o", "json")) for name in names[:1]]
+
+
+def test_a_disk_cannot_be_left_behind(lab: Lab) -> None:
+    lab.image(A, "tools", "nginx-light", "python3")
+    write = "while :; do dd if=/dev/urandom of=/file bs=1M count=24 conv=fsync 2>/dev/null; done"
+    lab.start(A, "writer", "tools", "--disk", "1GiB", command=["sh", "-c", write])
+    code, report = lab.try_migrate("writer", A, B, *POSTCOPY)
+    assert (code, report["outcome"], report["error"]["reason"]) == (5, "rolled_back", "NOT_CONVERGED"), report
+    assert "only memory can be pulled" in report["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "point"),
+    [
+        (A, "source.pulled"),
+        (A, "source.lend"),
+        (B, "destination.pulled"),
+        (B, "destination.owner"),
+        (B, "destination.run"),
+    ],
+)
+def test_either_agent_dies(faulty: Crashes, host: str, point: str) -> None:
+    lab = faulty.lab
+    faulty.ask(host, point, "kill")
+    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json"):
+        eventually("the agent died", lambda: not faulty.agent_runs(host), 60)
+        faulty.forget()
+        lab.lab("start", host)
+        expect_moved_or_not(lab, point)
+
+
+def expect_moved_or_not(lab: Lab, point: str) -> None:
+    """Where it dies before the handover, as it may while the first page is pulled, the container goes on as ever."""
+    eventually("it is at one host", lambda: len(lab.where(NAME)) == 1 and not busy(lab), 90)
+    (where,) = lab.where(NAME)
+    assert where == B or point.endswith("pulled")
+    if where == B:
+        expect_moved(lab)
+    else:
+        expect_whole(lab, A)
+
+
+def busy(lab: Lab) -> bool:
+    rows = [row for host in HOSTS for row in lab.ps(host).values()]
+    return any(row["migration"] or row["state"] != "running" for row in rows)
+
+
+def test_the_link_is_cut(faulty: Crashes) -> None:
+    lab = faulty.lab
+    faulty.ask(A, "source.lend", "hang")
+    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json") as process:
+        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+        lab.lab("cut", A)
+        faulty.forget()
+        out, err = process.communicate(timeout=60)
+        report = json.loads(out)
+        assert (process.returncode, report["outcome"]) == (7, "uncertain"), err
+        assert "runs at host-b" in report["error"]["message"]
+        lab.lab("heal", A)
+        expect_moved(lab)
+
+
+def test_the_source_loses_its_power(faulty: Crashes) -> None:
+    """And with it pages that are nowhere else: the container is ended, not left to read others."""
+    lab = faulty.lab
+    faulty.ask(A, "source.lend", "hang")
+    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json"):
+        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+        lab.lab("power-cut", A)
+        faulty.forget()
+        lab.lab("boot", A)
+        eventually("it is ended", lambda: lab.ps(B)[NAME]["state"] == "stopped", 60)
+        eventually("it is at host-b alone", lambda: lab.where(NAME) == [B], 60)
+    eventually("nothing is left at host-a", lambda: not lab.leftovers(A), 60)
+
+
+def test_the_destination_is_gone_for_good(faulty: Crashes) -> None:
+    """An operator says so: it goes on at the source, as it was at the freeze."""
+    lab = faulty.lab
+    faulty.ask(A, "source.lend", "hang")
+    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json"):
+        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+        lab.lab("power-cut", B)
+        faulty.forget()
+        eventually("it can be resolved", lambda: resolved(lab), 60)
+        expect_whole(lab, A)
+        lab.lab("boot", B)
+        eventually("it is at host-a alone", lambda: lab.where(NAME) == [A], 60)
+        expect_whole(lab, A)
+
+
+def resolved(lab: Lab) -> bool:
+    return lab.run(A, "migrator", "resolve", NAME, "--here", "--yes").returncode == 0
