@@ -131,7 +131,9 @@ class Agent:
         """What is served. A new service goes here, and its methods into `agent.auth.ROLES`."""
         managers = self.managers
         config = managers.config
-        container = ContainerService(managers.containers, config.host, self.migrations.of, self.room)
+        container = ContainerService(
+            managers.containers, config.host, self.migrations.of, self.room, self.arrivals.missing_of
+        )
         image = ImageService(self.images, config.cache_dir)
         host = HostService(self.hosts, config)
         snapshot = SnapshotService(self.snapshots)

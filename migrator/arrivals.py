@@ -145,6 +145,15 @@ class Arrivals:
                 with self._lock:
                     self._arrivals.pop(arrival.record.migration, None)
 
+    def missing_of(self, container: str) -> tuple[str, int]:
+        """The source that has memory of a container which is not here yet, and how many bytes; "" and 0 if none has."""
+        with self._lock:
+            arrivals = list(self._arrivals.values())
+        for arrival in arrivals:
+            if arrival.record.container == container and (missing_bytes := arrival.missing_bytes):
+                return arrival.record.source, missing_bytes
+        return "", 0
+
     def count(self) -> int:
         """How many are on their way."""
         with self._lock:

@@ -281,6 +281,12 @@ class Arrival:
             self._discard()
 
     @property
+    def missing_bytes(self) -> int:
+        """Post-copy: of the container that runs here, what only its source has."""
+        is_here = self._live and self.record.stage is Stage.OWNER and not self.is_over
+        return self._reservation.missing_bytes() if is_here else 0
+
+    @property
     def is_over(self) -> bool:
         """Whether nothing is left to do."""
         return self.record.finished
@@ -290,8 +296,7 @@ class Arrival:
     def _take(self, arrived: float) -> peer_pb2.DecideResponse:
         """Become the owner if that is possible."""
         if self.record.stage is Stage.OWNER:
-            missing_bytes = self._reservation.missing_bytes()
-            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER, missing_bytes=missing_bytes)
+            return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER, missing_bytes=self.missing_bytes)
         faults.point("destination.released")
         if self.record.stage is not Stage.READY:
             self._refuse(why := "it holds no restored copy")
@@ -317,7 +322,7 @@ class Arrival:
                 answer.steps.add(name=name, duration_ms=milliseconds)
             faults.point("destination.run")
             answer.resume_ms = (time.monotonic() - arrived) * 1000
-            answer.missing_bytes = self._reservation.missing_bytes()
+            answer.missing_bytes = self.missing_bytes
             self._settle()
         except FAILURES as error:
             # Committed: the source must not run its copy again, whatever went wrong here.

@@ -25,7 +25,8 @@ TERMINAL_SIZE = (24, 80)
 
 
 class ContainerService(container_pb2_grpc.ContainerServiceServicer):
-    """`migration_of` names the running migration of a container, empty if there is none."""
+    """`migration_of` names the running migration of a container, empty if there is none; `missing_of` the host that has
+    memory of it which is not here, and how many bytes."""
 
     def __init__(
         self,
@@ -33,11 +34,13 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
         host: str,
         migration_of: Callable[[str], str] = lambda name: "",
         room: RoomGuard | None = None,
+        missing_of: Callable[[str], tuple[str, int]] = lambda name: ("", 0),
     ) -> None:
         self._containers = containers
         self._room = room
         self._host = host
         self._migration_of = migration_of
+        self._missing_of = missing_of
 
     def describe(self, record: Record) -> pb.Container:
         """A container as clients see it."""
@@ -56,6 +59,7 @@ class ContainerService(container_pb2_grpc.ContainerServiceServicer):
                 volume.allocated_bytes = allocated
                 message.disk_bytes += allocated
         message.migration = self._migration_of(name)
+        message.pulls_from, message.missing_bytes = self._missing_of(name)
         message.restarts = record.restarts
         if record.lost_time_ms:
             message.lost_time.CopyFrom(_timestamp(record.lost_time_ms * 1_000_000))

@@ -27,10 +27,12 @@ def ps(everything: bool) -> None:
     """List the containers of the host, running or not.
 
     One that is "paused, no room" goes on by itself when the pool has room again. One that is "stopped, lost" has ended
-    with its host, or without anybody having seen how: what was in its memory is gone, its disk is as it was.
+    with its host, or without anybody having seen how: what was in its memory is gone, its disk is as it was. One that
+    "pulls from" a host was moved with --on-no-converge postcopy, and is lost if that host is.
 
     With -o json: a list of objects with name, state, host, image, ip, memory_bytes, disk_bytes, pid, started,
-    exit_code, migration, pause_reason and lost (when it was found so; until an operator starts it).
+    exit_code, migration, pause_reason, pulls_from, missing_bytes and lost (when it was found so; until an operator
+    starts it).
     """
     with agent() as channel:
         listed = ContainerServiceStub(channel).ListContainers(container_pb2.ListContainersRequest(), timeout=READ_S)
@@ -57,6 +59,8 @@ def ps(everything: bool) -> None:
 def _state(item: dict[str, object]) -> str:
     if item["migration"]:
         return f"{item['state']}, migrating"
+    if item["pulls_from"]:
+        return f"{item['state']}, pulls from {item['pulls_from']}"
     if item["pause_reason"] == "NO_SPACE":
         return f"{item['state']}, no room"
     if item["state"] == "stopped" and item["exit_code"] is not None:

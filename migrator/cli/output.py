@@ -53,6 +53,8 @@ def container_object(container: container_pb2.Container) -> dict[str, object]:
         "exit_code": container.exit_code if container.HasField("exit_code") else None,
         "migration": container.migration or None,
         "pause_reason": container.pause_reason or None,
+        "pulls_from": container.pulls_from or None,
+        "missing_bytes": container.missing_bytes,
         "lost": iso(container.lost_time) if container.HasField("lost_time") else None,
     }
 

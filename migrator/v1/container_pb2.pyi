@@ -125,7 +125,7 @@ class ContainerSpec(_message.Message):
     def __init__(self, image: _Optional[str] = ..., command: _Optional[_Iterable[str]] = ..., environment: _Optional[_Iterable[str]] = ..., working_directory: _Optional[str] = ..., user: _Optional[str] = ..., hostname: _Optional[str] = ..., add_capabilities: _Optional[_Iterable[str]] = ..., drop_capabilities: _Optional[_Iterable[str]] = ..., memory_limit_bytes: _Optional[int] = ..., cpu_millis: _Optional[int] = ..., pids_limit: _Optional[int] = ..., volumes: _Optional[_Iterable[_Union[Volume, _Mapping]]] = ..., interfaces: _Optional[_Iterable[_Union[Interface, _Mapping]]] = ..., ports: _Optional[_Iterable[_Union[PublishedPort, _Mapping]]] = ..., binds: _Optional[_Iterable[_Union[BindMount, _Mapping]]] = ..., restart_policy: _Optional[_Union[RestartPolicy, str]] = ..., seccomp_unconfined: _Optional[bool] = ...) -> None: ...
 
 class Container(_message.Message):
-    __slots__ = ("name", "spec", "state", "host", "pid", "memory_bytes", "disk_bytes", "create_time", "start_time", "exit_code", "migration", "restarts", "pause_reason", "lost_time")
+    __slots__ = ("name", "spec", "state", "host", "pid", "memory_bytes", "disk_bytes", "create_time", "start_time", "exit_code", "migration", "restarts", "pause_reason", "lost_time", "pulls_from", "missing_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,8 @@ class Container(_message.Message):
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     PAUSE_REASON_FIELD_NUMBER: _ClassVar[int]
     LOST_TIME_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FROM_FIELD_NUMBER: _ClassVar[int]
+    MISSING_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: ContainerSpec
     state: ContainerState
@@ -154,7 +156,9 @@ class Container(_message.Message):
     restarts: int
     pause_reason: str
     lost_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[ContainerState, str]] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., exit_code: _Optional[int] = ..., migration: _Optional[str] = ..., restarts: _Optional[int] = ..., pause_reason: _Optional[str] = ..., lost_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    pulls_from: str
+    missing_bytes: int
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[ContainerSpec, _Mapping]] = ..., state: _Optional[_Union[ContainerState, str]] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., exit_code: _Optional[int] = ..., migration: _Optional[str] = ..., restarts: _Optional[int] = ..., pause_reason: _Optional[str] = ..., lost_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pulls_from: _Optional[str] = ..., missing_bytes: _Optional[int] = ...) -> None: ...
 
 class CreateContainerRequest(_message.Message):
     __slots__ = ("name", "spec")

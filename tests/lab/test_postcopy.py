@@ -76,6 +76,8 @@ def test_it_says_how_much_is_missing(lab: Lab, program: str) -> None:
         eventually("it pulls", lambda: any(row["missing_bytes"] for row in migrations(lab)), 60)
         (running,) = [row for row in migrations(lab) if row["outcome"] == "running"]
         assert (running["where_running"], running["phases"][-1]["name"]) == (B, "pull")
+        assert lab.ps(B)[NAME]["pulls_from"] == A
+        assert f"running, pulls from {A}" in lab.ok(B, "migrator", "ps")
         done = lab.run(A, "migrator", "migrations", "cancel", running["migration"])
         assert done.returncode != 0 and "committed" in done.stderr
         out, err = process.communicate(timeout=60)

@@ -65,6 +65,8 @@ def test_ps_has_a_stable_shape_in_json(agent: FakeAgent) -> None:
             "exit_code": None,
             "migration": None,
             "pause_reason": None,
+            "pulls_from": None,
+            "missing_bytes": 0,
             "lost": None,
         }
 
