@@ -145,7 +145,7 @@ class Arriving:
         # runc looks for them before it waits; they are mounted before CRIU goes on.
         for folder in self._managers.assembly.mount_points(self._name, self._spec):
             folder.mkdir(parents=True)
-        shm_folder.mount(self._paths.shm)
+        shm_folder.mount(self._paths.shm, self._spec.shm_bytes)
         self._managers.networks.create(self._name, self._links)
         self._neighbours = Neighbours(self._name, self._links)
         self._hold = TrafficHold(hold_name(self._name), self._links)

@@ -87,7 +87,7 @@ class Assembly:
         with ExitStack() as undo:
             undo.callback(self.down, name, spec)
             self.mount(name, spec)
-            shm_folder.mount(self._runtime.paths(name).shm)
+            shm_folder.mount(self._runtime.paths(name).shm, spec.shm_bytes)
             self._networks.create(name, interfaces(spec))
             self.write_bundle(name, spec)
             undo.pop_all()

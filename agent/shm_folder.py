@@ -19,11 +19,11 @@ INDEX, DATA = "shm.json", "shm.img"
 _MOUNT_FLAGS = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC of mount(2)
 
 
-def mount(at: Path) -> None:
+def mount(at: Path, size_bytes: int = 0) -> None:
     """An empty one, whatever was there."""
     unmount(at)
     at.mkdir(mode=0o700, exist_ok=True)
-    kernel.mount("shm", at, "tmpfs", _MOUNT_FLAGS, f"size={SIZE_BYTES},mode=1777")
+    kernel.mount("shm", at, "tmpfs", _MOUNT_FLAGS, f"size={size_bytes or SIZE_BYTES},mode=1777")
 
 
 def unmount(at: Path) -> None:

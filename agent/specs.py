@@ -16,6 +16,8 @@ DEFAULT_DISK_BYTES = 10 << 30
 # What each mkfs makes at the least.
 MINIMUM_DISK_BYTES = {"ext4": 16 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}
 MINIMUM_MEMORY_BYTES = 6 << 20
+# A move takes room for a copy of it at both hosts.
+MINIMUM_SHM_BYTES, MAXIMUM_SHM_BYTES = 1 << 20, 1 << 30
 MAXIMUM_VOLUMES = 16
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 # Mounted by the runtime; a volume or a bind mount there would hide what the container cannot do without.
@@ -88,6 +90,8 @@ def _check_limits(spec: ContainerSpec) -> None:
         )
     if spec.cpu_millis < 0 or 0 < spec.cpu_millis < 10:
         raise InvalidArgument(f"{spec.cpu_millis} thousandths of a CPU are too few: at least 10, or 0 for no limit")
+    if spec.shm_bytes and not MINIMUM_SHM_BYTES <= spec.shm_bytes <= MAXIMUM_SHM_BYTES:
+        raise InvalidArgument(f"a /dev/shm of {spec.shm_bytes} bytes is not possible: 1 MiB to 1 GiB, or 0 for 64 MiB")
     if spec.pids_limit < 0:
         raise InvalidArgument(f"a limit of {spec.pids_limit} processes makes no sense: 0 is no limit")
 

@@ -15,6 +15,8 @@ from migrator.v1 import migration_pb2, peer_pb2
 PATIENCE_S = 15.0
 RETRY_S = 0.5
 PULL_POLL_S = 0.2
+# For an operator who thinks of resolving it.
+PULLS = "it runs the container, and has not all of its memory yet: without the copy here it ends there"
 
 _BY_ANSWER = {Stage.OWNER: peer_pb2.OWNERSHIP_OWNER, Stage.REFUSED: peer_pb2.OWNERSHIP_REFUSED}
 
@@ -63,6 +65,8 @@ def await_memory(
     answer: peer_pb2.DecideResponse,
 ) -> peer_pb2.DecideResponse:
     """Post-copy: ask again until the destination misses nothing any more, as it does from the beginning otherwise."""
+    if answer.missing_bytes:
+        journal.heard(record.migration, PULLS)
     while answer.missing_bytes:
         progress.missing(answer.missing_bytes)
         time.sleep(PULL_POLL_S)

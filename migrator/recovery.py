@@ -109,6 +109,7 @@ def _answer(record: Outgoing, here: str, peer: Decider, journal: OutgoingJournal
         raise
     if answer.missing_bytes:
         progress.missing(answer.missing_bytes)
+        journal.heard(record.migration, answers.PULLS)
         raise Busy(f"{record.container} runs at {record.destination}, which still pulls its memory from here")
     return Stage.OWNER if answer.ownership == peer_pb2.OWNERSHIP_OWNER else Stage.REFUSED
 

@@ -20,6 +20,7 @@ OPTIONS = [
     click.option("--disk", type=SIZE, help="Size of the root volume, for example 2GiB."),
     click.option("--fs", type=click.Choice(["ext4", "xfs", "btrfs"]), help="File system of the root volume."),
     click.option("--memory", type=SIZE, help="Limit, for example 512MiB; none by default."),
+    click.option("--shm-size", type=SIZE, help="What its /dev/shm holds at most, up to 1GiB; 64MiB by default."),
     click.option("--cpus", type=CPUS, help="Limit in CPUs, for example 1.5; none by default."),
     click.option("--pids", type=click.IntRange(1, 1 << 22), help="Limit on processes and threads; none by default."),
     click.option("--ip", "ips", multiple=True, metavar="ADDRESS/PREFIX|auto", help="IPv4 of the first interface."),

@@ -28,6 +28,7 @@ def build_spec(given: dict[str, Any]) -> container_pb2.ContainerSpec:
         add_capabilities=[capability(name) for name in given["cap_add"]],
         drop_capabilities=[capability(name) for name in given["cap_drop"]],
         memory_limit_bytes=given["memory"] or 0,
+        shm_bytes=given["shm_size"] or 0,
         cpu_millis=round((given["cpus"] or 0) * 1000),
         pids_limit=given["pids"] or 0,
         interfaces=interfaces(given),

@@ -87,7 +87,7 @@ class BindMount(_message.Message):
     def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., read_only: _Optional[bool] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class ContainerSpec(_message.Message):
-    __slots__ = ("image", "command", "environment", "working_directory", "user", "hostname", "add_capabilities", "drop_capabilities", "memory_limit_bytes", "cpu_millis", "pids_limit", "volumes", "interfaces", "ports", "binds", "restart_policy", "seccomp_unconfined")
+    __slots__ = ("image", "command", "environment", "working_directory", "user", "hostname", "add_capabilities", "drop_capabilities", "memory_limit_bytes", "cpu_millis", "pids_limit", "volumes", "interfaces", "ports", "binds", "restart_policy", "seccomp_unconfined", "shm_bytes")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class ContainerSpec(_message.Message):
     BINDS_FIELD_NUMBER: _ClassVar[int]
     RESTART_POLICY_FIELD_NUMBER: _ClassVar[int]
     SECCOMP_UNCONFINED_FIELD_NUMBER: _ClassVar[int]
+    SHM_BYTES_FIELD_NUMBER: _ClassVar[int]
     image: str
     command: _containers.RepeatedScalarFieldContainer[str]
     environment: _containers.RepeatedScalarFieldContainer[str]
@@ -122,7 +123,8 @@ class ContainerSpec(_message.Message):
     binds: _containers.RepeatedCompositeFieldContainer[BindMount]
     restart_policy: RestartPolicy
     seccomp_unconfined: bool
-    def __init__(self, image: _Optional[str] = ..., command: _Optional[_Iterable[str]] = ..., environment: _Optional[_Iterable[str]] = ..., working_directory: _Optional[str] = ..., user: _Optional[str] = ..., hostname: _Optional[str] = ..., add_capabilities: _Optional[_Iterable[str]] = ..., drop_capabilities: _Optional[_Iterable[str]] = ..., memory_limit_bytes: _Optional[int] = ..., cpu_millis: _Optional[int] = ..., pids_limit: _Optional[int] = ..., volumes: _Optional[_Iterable[_Union[Volume, _Mapping]]] = ..., interfaces: _Optional[_Iterable[_Union[Interface, _Mapping]]] = ..., ports: _Optional[_Iterable[_Union[PublishedPort, _Mapping]]] = ..., binds: _Optional[_Iterable[_Union[BindMount, _Mapping]]] = ..., restart_policy: _Optional[_Union[RestartPolicy, str]] = ..., seccomp_unconfined: _Optional[bool] = ...) -> None: ...
+    shm_bytes: int
+    def __init__(self, image: _Optional[str] = ..., command: _Optional[_Iterable[str]] = ..., environment: _Optional[_Iterable[str]] = ..., working_directory: _Optional[str] = ..., user: _Optional[str] = ..., hostname: _Optional[str] = ..., add_capabilities: _Optional[_Iterable[str]] = ..., drop_capabilities: _Optional[_Iterable[str]] = ..., memory_limit_bytes: _Optional[int] = ..., cpu_millis: _Optional[int] = ..., pids_limit: _Optional[int] = ..., volumes: _Optional[_Iterable[_Union[Volume, _Mapping]]] = ..., interfaces: _Optional[_Iterable[_Union[Interface, _Mapping]]] = ..., ports: _Optional[_Iterable[_Union[PublishedPort, _Mapping]]] = ..., binds: _Optional[_Iterable[_Union[BindMount, _Mapping]]] = ..., restart_policy: _Optional[_Union[RestartPolicy, str]] = ..., seccomp_unconfined: _Optional[bool] = ..., shm_bytes: _Optional[int] = ...) -> None: ...
 
 class Container(_message.Message):
     __slots__ = ("name", "spec", "state", "host", "pid", "memory_bytes", "disk_bytes", "create_time", "start_time", "exit_code", "migration", "restarts", "pause_reason", "lost_time", "pulls_from", "missing_bytes")

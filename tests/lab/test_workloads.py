@@ -13,9 +13,10 @@ MOVES = (("host-a", "host-b"), ("host-b", "host-a"))
 @pytest.mark.parametrize("feature", ["threads", "tree", "sockets", "timers", "signals", "deleted", "shm", "pool"])
 def test_it_survives(lab: Lab, feature: str) -> None:
     """Asked by the client before, between and after: nothing wrong, nothing different, everything goes on."""
-    lab.start_workload("host-a", feature, feature, ADDRESS, "--disk", "1GiB")
+    lab.start_workload("host-a", feature, feature, ADDRESS, "--disk", "1GiB", "--shm-size", "100MiB")
     before = lab.ask(ADDRESS)
     assert before["wrong"] == []
+    assert feature != "shm" or before["same"]["size"] == 100 << 20
     for source, destination in MOVES:
         lab.migrate(feature, source, destination, "--verify")
         now = lab.ask(ADDRESS)

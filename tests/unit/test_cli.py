@@ -77,7 +77,7 @@ def test_create_sends_the_whole_spec(agent: FakeAgent) -> None:
         *("--disk", "2GiB", "--memory", "512MiB", "--cpus", "1.5", "--ip", "auto", "--ip6", "fd00::5/64"),
         *("--net", "name=eth1,bridge=br1,ip=10.1.0.2/24,mac=02:00:00:00:00:01", "-p", "8080:80", "-p", "53:53/udp"),
         *("--volume", "/data=10GiB,xfs", "--bind", "/srv:/srv:ro,shared", "--cap-add", "net_admin", "-e", "A=b=c"),
-        *("--restart", "on-failure", "--seccomp", "unconfined"),
+        *("--restart", "on-failure", "--seccomp", "unconfined", "--shm-size", "1GiB"),
     )
     spec = agent.containers.by_name["ct101"].spec
     assert list(spec.command) == ["redis-server", "--bind", "0.0.0.0"]
@@ -88,7 +88,7 @@ def test_create_sends_the_whole_spec(agent: FakeAgent) -> None:
     assert [list(i.addresses) for i in spec.interfaces] == [["auto4", "fd00::5/64"], ["10.1.0.2/24"]]
     assert [(p.host_port, p.container_port, p.protocol) for p in spec.ports] == [(8080, 80, "tcp"), (53, 53, "udp")]
     assert spec.binds[0].read_only and spec.binds[0].shared and spec.binds[0].target == "/srv"
-    assert (spec.memory_limit_bytes, spec.cpu_millis) == (512 << 20, 1500)
+    assert (spec.memory_limit_bytes, spec.cpu_millis, spec.shm_bytes) == (512 << 20, 1500, 1 << 30)
     assert list(spec.add_capabilities) == ["CAP_NET_ADMIN"] and spec.seccomp_unconfined
 
 

@@ -371,7 +371,10 @@ def shm() -> Callable[[], Facts]:
             wrong.append("the child ended")
         return {
             "wrong": wrong,
-            "same": {"files": sorted(path.name for path in Path("/dev/shm").iterdir())},
+            "same": {
+                "files": sorted(path.name for path in Path("/dev/shm").iterdir()),
+                "size": os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize,
+            },
             "grows": {
                 "mapped": struct.unpack_from("Q", shared, 0)[0],
                 "anonymous": struct.unpack_from("Q", anonymous, 0)[0],
