@@ -47,6 +47,8 @@ class MemoryCopy:
         self._last: list[ProcessKey] = []
         # Which process each target holds: a pid may be used again.
         self._owners: dict[str, ProcessKey] = {}
+        self.shared_bytes = 0
+        """Of what the last look has found, what is shared."""
         self.stays_behind = False
         """Post-copy: what is collected of private memory is not sent, but left to `leave`."""
 
@@ -77,8 +79,9 @@ class MemoryCopy:
         if moment is Moment.LAST:
             self._last = [change.process for change in found.processes]
             self._add_vdso()
-        written = sum(map(extents.total, self._written.values())) + self._shared.add(found, moment)
-        return written + extents.total(found.unseen)
+        self.shared_bytes = self._shared.add(found, moment)
+        written = sum(map(extents.total, self._written.values())) + extents.total(found.unseen)
+        return written + self.shared_bytes
 
     def left_out(self) -> list[os.stat_result]:
         """With the container frozen: the shared memory that CRIU need not dump."""

@@ -168,15 +168,16 @@ class Rounds:
         return self._disk_bytes + memory
 
     def _leave_memory(self, done: list[Round]) -> bool:
-        """Post-copy, if that was asked for and is of use: nothing can be left behind of a disk."""
+        """Post-copy, if that was asked for and is of use: only private memory can be left behind."""
         if self._options.on_no_converge is not OnNoConverge.POSTCOPY:
             return False
         assert self._memory is not None  # or it would not have come as far
-        if self._disk_bytes > convergence.limit_bytes(done, self._options.max_downtime_s):
+        rest = self._disk_bytes + self._memory.shared_bytes
+        if rest > convergence.limit_bytes(done, self._options.max_downtime_s):
             raise NotConverged(
-                f"{self._container.name} writes to its disk faster than it can be sent: "
-                f"{format_size(self._disk_bytes)} are left, and only memory can be pulled after the handover. Allow "
-                "more with --max-downtime, or use --on-no-converge freeze or throttle"
+                f"{self._container.name} writes faster to its disk and to shared memory than can be sent: "
+                f"{format_size(rest)} are left, and only private memory can be pulled after the handover. Allow more "
+                "with --max-downtime, or use --on-no-converge freeze or throttle"
             )
         self._memory.stays_behind = True
         return True

@@ -98,7 +98,7 @@ def test_a_disk_cannot_be_left_behind(lab: Lab) -> None:
     lab.start(A, "writer", "tools", "--disk", "1GiB", command=["sh", "-c", write])
     code, report = lab.try_migrate("writer", A, B, *POSTCOPY)
     assert (code, report["outcome"], report["error"]["reason"]) == (5, "rolled_back", "NOT_CONVERGED"), report
-    assert "only memory can be pulled" in report["error"]["message"]
+    assert "only private memory can be pulled" in report["error"]["message"]
 
 
 @pytest.mark.parametrize(
