@@ -14,7 +14,7 @@ from migrator.v1 import migration_pb2, peer_pb2
 # How long an operator waits for the destination's answer to `released` before the outcome is called uncertain.
 PATIENCE_S = 15.0
 RETRY_S = 0.5
-PULL_POLL_S = 0.2
+PULL_POLL_S = 0.5
 # For an operator who thinks of resolving it.
 PULLS = "it runs the container, and has not all of its memory yet: without the copy here it ends there"
 

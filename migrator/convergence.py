@@ -7,8 +7,8 @@ from enum import Enum
 DEFAULT_DOWNTIME_S = 0.1
 # Of the time that a container may stand still: the rest is for stopping, dumping, restoring and letting it run.
 SENDING_SHARE = 0.3
-# Less than this is not worth a round, whatever the link does.
-SMALL_BYTES = 4 << 20
+# Less than this is not worth a round, nor what is sent in the time that a round takes by itself.
+SMALL_BYTES, ROUND_S = 4 << 20, 0.04
 # What a link is taken for until a round has shown it.
 ASSUMED_BYTES_PER_S = 100 << 20
 # A round that says anything about the link.
@@ -63,7 +63,8 @@ def decide(rounds: Sequence[Round], left_bytes: int, max_downtime_s: float = DEF
 
 def limit_bytes(rounds: Sequence[Round], max_downtime_s: float) -> int:
     """What may be left when the container is stopped."""
-    return max(SMALL_BYTES, int(speed(rounds) * max_downtime_s * SENDING_SHARE))
+    rate = speed(rounds)
+    return int(max(min(SMALL_BYTES, rate * ROUND_S), rate * max_downtime_s * SENDING_SHARE))
 
 
 def speed(rounds: Sequence[Round]) -> float:

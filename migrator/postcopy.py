@@ -129,7 +129,9 @@ class Puller:
                             connection.take(self._stream)
             except (MigratorError, BlockError, OSError) as error:
                 if isinstance(error, MigratorError) and error.reason in LOST:
-                    self._lost(str(error))
+                    # What was asked for twice may still be on its way when the source hears that everything has come.
+                    if missing.left_bytes(self._store):
+                        self._lost(str(error))
                     return
                 log.warning("pulling memory", migration=self._record.migration, reason=str(error))
                 self._closed.wait(RETRY_S)

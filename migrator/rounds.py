@@ -114,7 +114,8 @@ class Rounds:
             image.unlink()
 
     def stop(self, undo: ExitStack, stop_tasks: Callable[[], None]) -> None:
-        """After `hurry`: stop the tasks. If much more was written meanwhile than rounds have shown, let them go on."""
+        """After `hurry`: stop the tasks. If more was written meanwhile than may be left, it stays behind where that was
+        asked for; if much more, they are let go on."""
         retreats = 0
         while True:
             stop_tasks()
@@ -122,7 +123,12 @@ class Rounds:
                 return
             with self._progress.step("collect"):
                 left = self._memory.collect(Moment.STOPPED)
-            if self._limit_bytes is None or left <= RETREAT * self._limit_bytes or retreats == RETREATS:
+            if self._limit_bytes is None or left <= self._limit_bytes:
+                return
+            if self._options.on_no_converge is OnNoConverge.POSTCOPY:
+                self._memory.stays_behind = True
+                return
+            if left <= RETREAT * self._limit_bytes or retreats == RETREATS:
                 return
             retreats += 1
             self._container.go_on()

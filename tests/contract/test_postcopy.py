@@ -46,7 +46,7 @@ class Source:
         """Of all pages that may stay behind, this share does."""
         self.pages: dict[tuple[int, int], bytes] = {}
         self.asked: list[tuple[int, int]] = []
-        self.is_lost = False
+        self.is_lost = self.is_lost_in_the_end = False
         self.break_after = 1 << 30
         self.slowness_s = 0.0
         chance = random.Random(7)
@@ -96,16 +96,15 @@ class Stream:
             if self._closed.is_set() or number == self._source.break_after:
                 raise Unreachable("the link is cut")
             yield response
+        if self._source.is_lost_in_the_end:
+            raise MemoryLost("it was given up")
 
     def close(self) -> None:
         self._closed.set()
 
 
 def pull(moved: Victim, source: Source) -> Puller:
-    def lost(why: str) -> None:
-        raise AssertionError(why)
-
-    return Puller(RECORD, moved.store, source.lend, lost)
+    return Puller(RECORD, moved.store, source.lend, lambda _: os.kill(moved.members()[0], signal.SIGKILL))
 
 
 def expect_whole(moved: Victim, restarts: int = 0) -> None:
@@ -214,6 +213,19 @@ def test_what_is_lost_is_said_and_the_fill_ends_with_the_process(made: Room) -> 
                 os.kill(pid, signal.SIGKILL)
             assert moved.wait_until_filled().state is State.DONE, moved.log()
             assert not moved.lines("bad")
+
+
+def test_what_has_come_cannot_be_lost(made: Room) -> None:
+    """The source ends its copy as soon as nothing is missing, whatever was asked for once more."""
+    with victim(made, "threads", 24) as moved:
+        moved.dump()
+        source = Source(moved)
+        source.is_lost_in_the_end = True
+        moved.launch()
+        with closing(pull(moved, source)) as puller:
+            moved.restore()
+            expect_whole(moved)
+        assert not puller.is_working
 
 
 def test_what_cannot_wait_is_not_left_behind(made: Room) -> None:

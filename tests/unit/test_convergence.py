@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrator.convergence import MAX_ROUNDS, SMALL_BYTES, Next, Round, decide, speed, standstill_s
+from migrator.convergence import MAX_ROUNDS, Next, Round, decide, limit_bytes, speed, standstill_s
 
 MIB = 1 << 20
 
@@ -21,12 +21,13 @@ def at(mib_per_s: float, *sent_and_left: tuple[int, int]) -> list[Round]:
         ([], 0, 0.1, Next.FREEZE),
         ([], 4, 0.1, Next.FREEZE),
         ([], 1000, 0.1, Next.ROUND),
-        # 0.3 of 100 ms at 1000 MiB/s are 30 MiB, at 100 MiB/s 3, and never less than SMALL_BYTES.
+        # 0.3 of 100 ms at 1000 MiB/s are 30 MiB, at 100 MiB/s 3, and never less than SMALL_BYTES or 40 ms of the link.
         (at(1000, (1000, 30)), 30, 0.1, Next.FREEZE),
         (at(1000, (1000, 31)), 31, 0.1, Next.ROUND),
         (at(100, (1000, 5)), 5, 0.1, Next.ROUND),
         (at(100, (1000, 4)), 4, 0.1, Next.FREEZE),
-        (at(10, (1000, 4)), 4, 0.001, Next.FREEZE),
+        (at(10, (1000, 4)), 4, 0.001, Next.ROUND),
+        (at(25, (1000, 1)), 1, 0.001, Next.FREEZE),
         # More time allows more.
         (at(100, (1000, 60)), 60, 2.0, Next.FREEZE),
         (at(100, (1000, 61)), 61, 2.0, Next.ROUND),
@@ -64,6 +65,6 @@ def test_it_always_ends(link: float, writes: float, memory: int, max_downtime_s:
         left = dirty
     assert len(rounds) <= MAX_ROUNDS
     if step is Next.FREEZE:
-        assert left <= max(SMALL_BYTES, speed(rounds) * max_downtime_s)
-    if writes < 0.79 * link and writes * max_downtime_s > 0:
+        assert left <= speed(rounds) * max(0.04, max_downtime_s)
+    if writes < 0.79 * link and memory * MIB * (writes / link) ** MAX_ROUNDS < limit_bytes(rounds, max_downtime_s):
         assert step is Next.FREEZE
