@@ -276,6 +276,8 @@ class Arrival:
         if self.record.stage is Stage.OWNER:
             self._pull()
             self._reservation.run()
+            if self._puller is not None:
+                self._puller.hasten()
             self._settle()
         else:
             self._discard()
@@ -318,6 +320,8 @@ class Arrival:
         answer.missing_bytes = 0 if self._puller is None else 1
         try:
             steps.update(self._reservation.run())
+            if self._puller is not None:
+                self._puller.hasten()
             for name, milliseconds in steps.items():
                 answer.steps.add(name=name, duration_ms=milliseconds)
             faults.point("destination.run")

@@ -41,6 +41,8 @@ WINDOW_BYTES = 2 * REQUEST_BYTES
 # Around a page that is waited for.
 URGENT_BYTES = 16 << 10
 RETRY_S = 0.5
+# How soon it is seen that the container runs.
+WAIT_S = 0.01
 
 Requests = Iterator[peer_pb2.PullMemoryRequest]
 Responses = Iterator[peer_pb2.PullMemoryResponse]
@@ -95,7 +97,8 @@ def _ranges(request: peer_pb2.PullMemoryRequest) -> list[Range]:
 class Puller:
     """The destination's end: a thread that works until nothing is missing in the store, or `close`.
 
-    `lend` opens a stream to the source; `lost` is told why the rest can never come.
+    `lend` opens a stream to the source; `lost` is told why the rest can never come. Before `hasten` nothing comes but
+    what somebody waits for: until the container runs, all else would only be in its way.
     """
 
     def __init__(self, record: Incoming, store: Path, lend: Lend, lost: Callable[[str], None]) -> None:
@@ -104,6 +107,7 @@ class Puller:
         self._lend = lend
         self._lost = lost
         self._closed = threading.Event()
+        self._runs = threading.Event()
         self._stream: Lent | None = None
         self._thread = threading.Thread(target=self._run, name=f"pull {record.migration}", daemon=True)
         self._thread.start()
@@ -111,6 +115,10 @@ class Puller:
     @property
     def is_working(self) -> bool:
         return self._thread.is_alive()
+
+    def hasten(self) -> None:
+        """The container runs: have all the rest come."""
+        self._runs.set()
 
     def close(self) -> None:
         """Nothing in the store is open or changed any more on return."""
@@ -122,7 +130,7 @@ class Puller:
     def _run(self) -> None:
         while not self._closed.is_set() and missing.left_bytes(self._store):
             try:
-                with _Connection(self._record, self._store) as connection:
+                with _Connection(self._record, self._store, self._runs) as connection:
                     self._stream = self._lend(self._record, connection.orders())
                     with closing(self._stream):
                         if not self._closed.is_set():
@@ -140,8 +148,9 @@ class Puller:
 class _Connection:
     """One stream: `orders`, which gRPC iterates in a thread of its own, says what is to come, `take` has it come."""
 
-    def __init__(self, record: Incoming, store: Path) -> None:
+    def __init__(self, record: Incoming, store: Path, runs: threading.Event) -> None:
         self._record = record
+        self._runs = runs
         self._stack = ExitStack()
         self._pipes = self._stack.enter_context(closing(Pipes(store)))
         self._marks: dict[int, Marks] = {}
@@ -201,12 +210,12 @@ class _Connection:
                 runs = self._marks[pid].runs(start, start + URGENT_BYTES) if pid in self._marks else ()
                 if ranges := [Range(*run) for run in runs]:
                     return self._order(pid, ranges)
-            if self._ordered - self._taken < WINDOW_BYTES:
+            if self._runs.is_set() and self._ordered - self._taken < WINDOW_BYTES:
                 if (found := next(self._rest, None)) is not None:
                     return self._order(*found)
                 if self._ordered == self._taken:
                     return None
-            readable([self._pipes.wanted, self._wake], RETRY_S)
+            readable([self._pipes.wanted, self._wake], RETRY_S if self._runs.is_set() else WAIT_S)
             _drain(self._wake)
         return None
 
@@ -250,7 +259,8 @@ class _Connection:
         marks, (at, length, data) = self._marks[pid], piece
         if at % PAGE_BYTES or length % PAGE_BYTES or at + length > ADDRESS_END:
             raise PeerError(f"{length} bytes of memory at {at} are not whole pages")
-        for start, end in list(marks.runs(at, at + length)):
+        whole = marks.are_all(at, at + length)
+        for start, end in [(at, at + length)] if whole else list(marks.runs(at, at + length)):
             part = None if data is None else memoryview(data)[start - at : end - at]
             blocks.write(self._files[pid], Piece(start, end - start, part), ADDRESS_END)
             marks.clear(start, end)

@@ -85,6 +85,11 @@ class Marks:
         """The first address between the two that is missing."""
         return next((run[0] for run in self.runs(start, end)), None)
 
+    def are_all(self, start: int, end: int) -> bool:
+        """Whether everything between two addresses is missing."""
+        count = (end - start) // PAGE_BYTES
+        return os.pread(self._file, count, start // PAGE_BYTES) == MARK * count
+
     def clear(self, start: int, end: int) -> None:
         """These pages are in the store now."""
         os.pwrite(self._file, bytes((end - start) // PAGE_BYTES), start // PAGE_BYTES)
@@ -132,21 +137,23 @@ class Pipes:
 
 def marked(ranges: Iterable[tuple[int, int]], longest: int) -> Iterator[tuple[int, bytes]]:
     """Ranges in order as marks: number of a page, and a byte for it and each that follows, `longest` at the most."""
-    at, marks = 0, bytearray()
+    begin = at = 0
+    parts: list[bytes] = []
     for start, end in ranges:
         first, last = start // PAGE_BYTES, end // PAGE_BYTES
-        while first < last:
-            if marks and (first >= at + longest or first > at + len(marks) + _STEP):
-                yield at, bytes(marks)
-                marks.clear()
-            if not marks:
-                at = first
-            marks.extend(bytes(first - at - len(marks)))
-            stop = min(last, at + longest)
-            marks.extend(MARK * (stop - first))
-            first = stop
-    if marks:
-        yield at, bytes(marks)
+        if first - at > _STEP or (last - begin > longest and first > begin):
+            if parts:
+                yield begin, b"".join(parts)
+            parts = []
+        if not parts:
+            begin = at = first
+        while last - begin > longest:  # one range alone
+            yield begin, MARK * longest
+            begin = at = first = begin + longest
+        parts += (bytes(first - at), MARK * (last - first))
+        at = last
+    if parts:
+        yield begin, b"".join(parts)
 
 
 def _write(pipe: int, data: bytes) -> None:

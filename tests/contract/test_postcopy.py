@@ -104,7 +104,9 @@ class Stream:
 
 
 def pull(moved: Victim, source: Source) -> Puller:
-    return Puller(RECORD, moved.store, source.lend, lambda _: os.kill(moved.members()[0], signal.SIGKILL))
+    made = Puller(RECORD, moved.store, source.lend, lambda _: os.kill(moved.members()[0], signal.SIGKILL))
+    made.hasten()
+    return made
 
 
 def expect_whole(moved: Victim, restarts: int = 0) -> None:
@@ -147,6 +149,18 @@ def test_what_is_waited_for_comes_first(made: Room) -> None:
             expect_whole(moved)
         assert source.asked.index(max(source.asked)) < len(source.asked) // 2
         assert len(source.asked) < 1.2 * len(source.pages)
+
+
+def test_only_what_is_waited_for_comes_before_it_runs(made: Room) -> None:
+    with victim(made, "none", 64) as moved:
+        moved.dump()
+        source = Source(moved, share=1.0)
+        moved.launch()
+        with closing(Puller(RECORD, moved.store, source.lend, lambda _: None)) as puller:
+            moved.restore()
+            assert len(source.asked) < len(source.pages) / 2
+            puller.hasten()
+            expect_whole(moved)
 
 
 def test_a_link_that_breaks_is_opened_again(made: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +216,8 @@ def test_what_is_lost_is_said_and_the_fill_ends_with_the_process(made: Room) -> 
         source = Source(moved)
         source.is_lost = True
         moved.launch()
-        with closing(Puller(RECORD, moved.store, source.lend, lost.append)):
+        with closing(Puller(RECORD, moved.store, source.lend, lost.append)) as puller:
+            puller.hasten()
             moved.restore()
             deadline = time.monotonic() + 5
             while not lost and time.monotonic() < deadline:

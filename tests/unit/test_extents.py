@@ -30,6 +30,16 @@ def test_merged_ranges_are_the_same_bytes_in_order_and_apart(parts: list[Range])
     assert extents.total(merged) == len(_bytes(parts))
 
 
+@given(ranges, ranges)
+def test_what_is_in_both_and_in_one_alone(left: list[Range], right: list[Range]) -> None:
+    merged, other = extents.merge(left), extents.merge(right)
+    both, rest = extents.intersect(merged, other), extents.subtract(merged, other)
+    assert _bytes(both) == _bytes(left) & _bytes(right)
+    assert _bytes(rest) == _bytes(left) - _bytes(right)
+    assert extents.total(both) + extents.total(rest) == extents.total(merged)
+    assert extents.intersect(other, merged) == both
+
+
 @given(ranges, st.integers(1, 50))
 def test_pieces_are_the_same_bytes_and_cross_no_boundary(parts: list[Range], longest: int) -> None:
     pieces = list(extents.pieces(parts, longest))
