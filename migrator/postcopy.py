@@ -35,7 +35,7 @@ from migrator.waiting import readable
 
 FEATURE = "postcopy-v1"
 
-REQUEST_BYTES, REQUEST_RANGES = 256 << 10, 512
+REQUEST_BYTES, REQUEST_RANGES = 512 << 10, 1024
 # Asked for and not here yet: what an urgent page waits for at the most.
 WINDOW_BYTES = 2 * REQUEST_BYTES
 # Around a page that is waited for.
