@@ -185,20 +185,22 @@ class Migrations:
         cgroup = self._managers.runtime.cgroup(record.container)
         processes: dict[int, ProcessKey] = {}
 
-        def read(pid: int, ranges: list[Range]) -> Iterator[Batch]:
+        def check() -> None:
             now = self._asked(first.migration, first.epoch, asker)
             if now.may_thaw or now.may_destroy:
                 raise MemoryLost(f"{self._here.host} keeps no copy of {now.container} to pull from")
+            if not cgroup.is_frozen():
+                raise Precondition(f"{now.container} does not stand still at {self._here.host}", reason="NOT_FROZEN")
+
+        def read(pid: int, ranges: list[Range]) -> Iterator[Batch]:
             try:
                 if not processes:
                     processes.update({pid_inside(each): key(each) for each in cgroup.pids()})
                 if pid not in processes:
-                    raise MemoryLost(f"{now.container} has no process {pid} at {self._here.host}")
-                if not cgroup.is_frozen():
-                    raise Precondition(
-                        f"{now.container} does not stand still at {self._here.host}", reason="NOT_FROZEN"
-                    )
-                yield from read_process(processes[pid], ranges)
+                    raise MemoryLost(f"{record.container} has no process {pid} at {self._here.host}")
+                for batch in read_process(processes[pid], ranges, strict=True):
+                    check()  # it stood still while that was read
+                    yield batch
             except ProcessGone as error:
                 raise MemoryLost(f"{error} at {self._here.host}") from error
 

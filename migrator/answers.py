@@ -41,19 +41,28 @@ def ask(
     """
     patience = time.monotonic() + PATIENCE_S
     while True:
+        # A word that pages were already kept back for is carried out, also if the destination is heard again.
+        if missing_bytes and (word := _operators(record, journal)) is not None:
+            return word, 0.0
         began = time.monotonic()
         try:
             return ask_once(record, peer, journal), (time.monotonic() - began) * 1000
         except MigratorError as error:
             reason = str(error)
-        resolved = journal.get(record.migration)
-        if resolved is not None and resolved.answer is not None:
-            return peer_pb2.DecideResponse(ownership=_BY_ANSWER[resolved.answer]), 0.0
+        if (word := _operators(record, journal)) is not None:
+            return word, 0.0
         if time.monotonic() > patience:
             patience = float("inf")
             progress.end(migration_pb2.OUTCOME_UNCERTAIN, "", uncertain(record, here, reason, missing_bytes))
         log.warning("no answer to released", migration=record.migration, peer=peer.host, reason=reason)
         time.sleep(RETRY_S)
+
+
+def _operators(record: Outgoing, journal: OutgoingJournal) -> peer_pb2.DecideResponse | None:
+    resolved = journal.get(record.migration)
+    if resolved is None or resolved.answer is None:
+        return None
+    return peer_pb2.DecideResponse(ownership=_BY_ANSWER[resolved.answer])
 
 
 def await_memory(

@@ -104,8 +104,14 @@ class Arrivals:
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER if owner else peer_pb2.OWNERSHIP_REFUSED)
 
     def stage(self, source: str, migration: str, epoch: int) -> Stage:
-        """How far it is, by its record. Raises NotFound also for one that is another source's."""
-        return self._record(source, migration, epoch).stage
+        """How far it is, by its record; but ready is only what is complete, for a source that may have lost the rest.
+        Raises NotFound also for one that is another source's."""
+        record = self._record(source, migration, epoch)
+        with self._lock:
+            arrival = self._arrivals.get(migration)
+        if record.stage is Stage.READY and arrival is not None and not arrival.is_complete:
+            return Stage.PREPARED
+        return record.stage
 
     def resolve(self, migration: str, keep: Keep) -> None:
         """An operator's word for that of the source. Raises HandoverError if none is waited for."""

@@ -53,6 +53,7 @@ class Arrival:
         self.record = record
         self._lend = lend
         self._puller: Puller | None = None
+        self._is_lost = False
         self.heard_at = time.monotonic()
         self.unanswered = 0
         self._reservation = reservation
@@ -275,12 +276,16 @@ class Arrival:
         """What the record says is decided, and may have been done in part."""
         if self.record.stage is Stage.OWNER:
             self._pull()
+            self._hasten()
             self._reservation.run()
-            if self._puller is not None:
-                self._puller.hasten()
             self._settle()
         else:
             self._discard()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it needs nothing of its source any more, as far as it has come."""
+        return not self._live or not self._reservation.missing_bytes()
 
     @property
     def missing_bytes(self) -> int:
@@ -298,6 +303,7 @@ class Arrival:
     def _take(self, arrived: float) -> peer_pb2.DecideResponse:
         """Become the owner if that is possible."""
         if self.record.stage is Stage.OWNER:
+            self._hasten()
             return peer_pb2.DecideResponse(ownership=peer_pb2.OWNERSHIP_OWNER, missing_bytes=self.missing_bytes)
         faults.point("destination.released")
         if self.record.stage is not Stage.READY:
@@ -319,9 +325,10 @@ class Arrival:
         # Whatever fails now: the source keeps what is pulled.
         answer.missing_bytes = 0 if self._puller is None else 1
         try:
-            steps.update(self._reservation.run())
-            if self._puller is not None:
-                self._puller.hasten()
+            try:
+                steps.update(self._reservation.run())
+            finally:
+                self._hasten()
             for name, milliseconds in steps.items():
                 answer.steps.add(name=name, duration_ms=milliseconds)
             faults.point("destination.run")
@@ -336,8 +343,13 @@ class Arrival:
 
     def _pull(self) -> None:
         """Post-copy: have what is missing come, until nothing is."""
-        if self._live and (self._puller is None or not self._puller.is_working) and self._reservation.missing_bytes():
+        is_working = self._puller is not None and self._puller.is_working
+        if self._live and not self._is_lost and not is_working and self._reservation.missing_bytes():
             self._puller = Puller(self.record, self._reservation.memory, self._lend, self._lose)
+
+    def _hasten(self) -> None:
+        if self._puller is not None:
+            self._puller.hasten()
 
     def _end_pull(self) -> None:
         if self._puller is not None:
@@ -348,6 +360,7 @@ class Arrival:
         """A part of its memory is nowhere any more. Before it is this end's, the source decides."""
         if self.record.stage is Stage.OWNER:
             log.error("memory is lost", migration=self.record.migration, container=self.record.container, reason=why)
+            self._is_lost = True
             self._reservation.lose(why)
 
     def _settle(self) -> None:

@@ -39,7 +39,7 @@ REQUEST_BYTES, REQUEST_RANGES = 512 << 10, 1024
 # Asked for and not here yet: what an urgent page waits for at the most.
 WINDOW_BYTES = 2 * REQUEST_BYTES
 # Around a page that is waited for.
-URGENT_BYTES = 16 << 10
+URGENT_BYTES = max(16 << 10, PAGE_BYTES)
 RETRY_S = 0.5
 # How soon it is seen that the container runs.
 WAIT_S = 0.01
@@ -73,8 +73,8 @@ Lend = Callable[[Incoming, Requests], Lent]
 
 
 def lend(requests: Requests, read: Read, sender: Sender) -> Responses:
-    """The source's end. `read` gives what is in ranges of a process, by its pid in the container, and raises MemoryLost
-    where that does not stand still there any more."""
+    """The source's end. `read` gives what is in ranges of a process that stands still, by its pid in the container, and
+    raises MemoryLost where that copy was given up."""
     for request in requests:
         for piece in sender.batches(f"memory/{request.pid}", read(request.pid, _ranges(request))):
             yield peer_pb2.PullMemoryResponse(piece=piece)
@@ -128,9 +128,13 @@ class Puller:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closed.is_set() and missing.left_bytes(self._store):
+        left = before = 0
+        while not self._closed.is_set() and (left := missing.left_bytes(self._store)):
+            if left == before:
+                self._closed.wait(RETRY_S)
+            before = left
             try:
-                with _Connection(self._record, self._store, self._runs) as connection:
+                with _Connection(self._record, self._store, self._runs, self._closed) as connection:
                     self._stream = self._lend(self._record, connection.orders())
                     with closing(self._stream):
                         if not self._closed.is_set():
@@ -142,36 +146,40 @@ class Puller:
                         self._lost(str(error))
                     return
                 log.warning("pulling memory", migration=self._record.migration, reason=str(error))
-                self._closed.wait(RETRY_S)
 
 
 class _Connection:
     """One stream: `orders`, which gRPC iterates in a thread of its own, says what is to come, `take` has it come."""
 
-    def __init__(self, record: Incoming, store: Path, runs: threading.Event) -> None:
+    def __init__(self, record: Incoming, store: Path, runs: threading.Event, closed: threading.Event) -> None:
         self._record = record
         self._runs = runs
-        self._stack = ExitStack()
-        self._pipes = self._stack.enter_context(closing(Pipes(store)))
+        self._closed = closed
         self._marks: dict[int, Marks] = {}
         self._files: dict[int, int] = {}
-        for pid in missing.pids(store):
-            marks = Marks.open_if_there(missing.path_of(store, pid))
-            if marks is not None:
-                self._marks[pid] = self._stack.enter_context(closing(marks))
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._files[pid] = os.open(page_store.path_of(store, pid), flags, 0o600)
-                self._stack.callback(os.close, self._files[pid])
+        with ExitStack() as stack:
+            self._open(store, stack)
+            self._stack = stack.pop_all()
         self._receiver = Receiver(Digests())
         self._urgent: dict[tuple[int, int], None] = {}
         self._rest = self._in_order()
         self._ordered = self._taken = 0
-        self._wake, self._woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._stack.callback(os.close, self._wake)
-        self._stack.callback(os.close, self._woken)
         self._over = threading.Event()
         # Held by who uses the descriptors in gRPC's thread, which may never come back to the end of `orders`.
         self._using = threading.Lock()
+
+    def _open(self, store: Path, stack: ExitStack) -> None:
+        self._pipes = stack.enter_context(closing(Pipes(store)))
+        self._wake, self._woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        stack.callback(os.close, self._wake)
+        stack.callback(os.close, self._woken)
+        for pid in missing.pids(store):
+            marks = Marks.open_if_there(missing.path_of(store, pid))
+            if marks is not None:
+                self._marks[pid] = stack.enter_context(closing(marks))
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._files[pid] = os.open(page_store.path_of(store, pid), flags, 0o600)
+                stack.callback(os.close, self._files[pid])
 
     def __enter__(self) -> "_Connection":
         return self
@@ -201,7 +209,7 @@ class _Connection:
 
     def _next(self) -> peer_pb2.PullMemoryRequest | None:
         """Waits for something to ask for; None when everything has come."""
-        while not self._over.is_set():
+        while not (self._over.is_set() or self._closed.is_set()):
             for pid, address in self._pipes.are_wanted():
                 self._urgent[pid, address & -URGENT_BYTES] = None
             while self._urgent:
@@ -244,9 +252,8 @@ class _Connection:
                 yield pid, order
 
     def _take(self, request: peer_pb2.SendRequest) -> None:
-        kind, _, name = request.target.partition("/")
-        pid = int(name) if kind == "memory" and name.isascii() and name.isdecimal() else 0
-        if pid not in self._marks:
+        pid = next((pid for pid in self._marks if request.target == f"memory/{pid}"), None)
+        if pid is None:
             raise PeerError(f"{wire.shown(request.target)} was not asked for", reason="OUT_OF_ORDER")
         for piece in self._receiver.pieces(request):
             self._store_missing(pid, piece)
@@ -257,8 +264,8 @@ class _Connection:
     def _store_missing(self, pid: int, piece: Piece) -> None:
         """What is there already stays: it was asked for twice, or has been given to its process."""
         marks, (at, length, data) = self._marks[pid], piece
-        if at % PAGE_BYTES or length % PAGE_BYTES or at + length > ADDRESS_END:
-            raise PeerError(f"{length} bytes of memory at {at} are not whole pages")
+        if at % PAGE_BYTES or length % PAGE_BYTES or length > REQUEST_BYTES or at + length > ADDRESS_END:
+            raise PeerError(f"{length} bytes of memory at {at} were not asked for", reason="OUT_OF_ORDER")
         whole = marks.are_all(at, at + length)
         for start, end in [(at, at + length)] if whole else list(marks.runs(at, at + length)):
             part = None if data is None else memoryview(data)[start - at : end - at]

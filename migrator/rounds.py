@@ -125,7 +125,7 @@ class Rounds:
                 left = self._memory.collect(Moment.STOPPED)
             if self._limit_bytes is None or left <= self._limit_bytes:
                 return
-            if self._options.on_no_converge is OnNoConverge.POSTCOPY:
+            if self._options.on_no_converge is OnNoConverge.POSTCOPY and self._memory.shared_bytes <= self._limit_bytes:
                 self._memory.stays_behind = True
                 return
             if left <= RETREAT * self._limit_bytes or retreats == RETREATS:

@@ -96,7 +96,11 @@ class Marks:
 
     def left_bytes(self) -> int:
         """What is missing."""
-        return sum(end - start for start, end in self.runs(0, _END))
+        return PAGE_BYTES * sum(
+            os.pread(self._file, min(_STEP, last - at), at).count(MARK)
+            for first, last in page_store.data(self._file, 0, _END)
+            for at in range(first, last, _STEP)
+        )
 
     def close(self) -> None:
         os.close(self._file)
@@ -108,7 +112,11 @@ class Pipes:
     def __init__(self, store: Path) -> None:
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
         self.wanted = os.open(store / _WANTED, flags)
-        self.news = os.open(store / _NEWS, flags)
+        try:
+            self.news = os.open(store / _NEWS, flags)
+        except OSError:
+            os.close(self.wanted)
+            raise
 
     def want(self, pid: int, address: int) -> None:
         """The worker's: somebody waits for a page."""

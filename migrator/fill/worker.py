@@ -91,8 +91,10 @@ class Worker:
                 elif self._keeper is not None:  # unless its end was seen since
                     self._listen()
             if self._starved and not found:
+                # Who brings pages may have died between the last of them and the news.
+                self._answer_awaited()
                 self._close_ended()
-            self._starved = self._starved and not found
+            self._starved = False
             self._changing = False
             self._answer_postponed()
             if self._restored and not self._starved:
@@ -135,11 +137,14 @@ class Worker:
         self._numbers[descriptor] = number
         owner = space.owner
         if owner not in self._files:
+            self._find_marks(owner)
+            # What is missing comes into it.
+            create = os.O_CREAT if owner in self._marks else 0
             try:
-                self._files[owner] = os.open(page_store.path_of(self._store, owner), os.O_RDWR | os.O_CLOEXEC)
+                path = page_store.path_of(self._store, owner)
+                self._files[owner] = os.open(path, os.O_RDWR | os.O_CLOEXEC | create, 0o600)
             except FileNotFoundError:
                 self._files[owner] = None
-            self._find_marks(owner)
         self._sharers[owner] = self._sharers.get(owner, 0) + 1
         self._epoll.register(descriptor, select.EPOLLIN)
 

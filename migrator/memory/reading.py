@@ -30,9 +30,9 @@ _libc.process_vm_readv.argtypes = [
 ]  # fmt: skip
 
 
-def read_process(process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch]:
+def read_process(process: ProcessKey, ranges: Iterable[Range], *, strict: bool = False) -> Iterator[Batch]:
     """What is in these ranges (whole pages) now, in order. Where nothing is any more, zeros: the next collect says so
-    too, or that it is back.
+    too, or that it is back. Where there is none, `strict`: an OSError for a page that is mapped and cannot be read.
 
     Also where the process itself may not read. The process may run: what it writes meanwhile is told by the next
     collect. Raises ProcessGone, also at the end if what was read last may be another process'.
@@ -50,7 +50,7 @@ def read_process(process: ProcessKey, ranges: Iterable[Range]) -> Iterator[Batch
                 if done:
                     yield without_zeros(taken, bytes(view[:done]))
                 if left:
-                    yield from _hard(process.pid, left[0])
+                    yield from _hard(process.pid, left[0], strict)
                     del left[0]
     if not processes.is_alive(process):
         raise ProcessGone(f"process {process.pid} has ended")
@@ -145,7 +145,7 @@ def _cut(parts: list[Range], length: int) -> tuple[list[Range], list[Range]]:
     return parts, []
 
 
-def _hard(pid: int, part: Range) -> Iterator[Batch]:
+def _hard(pid: int, part: Range, strict: bool) -> Iterator[Batch]:
     """A range whose first page the process itself may not read, or that is gone."""
     try:
         descriptor = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -158,6 +158,8 @@ def _hard(pid: int, part: Range) -> Iterator[Batch]:
             if data:
                 end = start + len(data)
                 yield without_zeros([Range(start, end)], data)
+            elif strict and any(area.start <= start < area.end for area in mappings.read(pid)):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), f"page {start:x} of process {pid}")
             else:
                 end = min(part.end, _end_of_nothing(pid, start))
                 yield from blocks.zeros([Range(start, end)])
