@@ -127,6 +127,7 @@ class Rounds:
                 return
             if self._options.on_no_converge is OnNoConverge.POSTCOPY and self._memory.shared_bytes <= self._limit_bytes:
                 self._memory.stays_behind = True
+                self._progress.note(f"{format_size(left)} were left after it had stopped: that stays behind")
                 return
             if left <= RETREAT * self._limit_bytes or retreats == RETREATS:
                 return
