@@ -142,7 +142,7 @@ class FakeMemory:
     burst = Range(1 << 41, (1 << 41) + (1 << 30))
 
     # What one that writes faster than can be sent writes all the time.
-    rush = Range(1 << 42, (1 << 42) + (8 << 20))
+    rush = Range(1 << 42, (1 << 42) + (5 << 20))
 
     def __init__(self, bursts: int = 0, *, writes_fast: bool = False) -> None:
         """The first `bursts` looks at the container that has stopped find a burst."""

@@ -1,6 +1,7 @@
 """Two hosts and one container between them, as the contract tests of migrations drive them (`tests.fakes.ends`)."""
 
 import itertools
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -220,6 +221,8 @@ def make_pair(
         if leave_memory:
             made.leave_memory()
         yield made
+    # There are thousands of them.
+    shutil.rmtree(folder)
 
 
 def die(pair: Pair) -> tuple[str, Progress]:

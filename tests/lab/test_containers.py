@@ -184,7 +184,7 @@ def test_limits_and_seccomp(host: Bench) -> None:
     host.create("t-limit", memory_limit_bytes=32 << 20, cpu_millis=500, pids_limit=20, shm_bytes=2 << 20)
     host.containers.start("t-limit")
     assert run(host, "t-limit", "mount", "-t", "tmpfs", "x", "/tmp")[0] != 0
-    fill = ("dd", "if=/dev/zero", "of=/dev/shm/file", "bs=1M")
+    fill = ("busybox", "dd", "if=/dev/zero", "of=/dev/shm/file", "bs=1M")
     assert run(host, "t-limit", *fill, "count=2")[0] == 0
     assert run(host, "t-limit", *fill, "count=3")[0] != 0
     code, _, errors = run(host, "t-limit", "sh", "-c", "for i in $(seq 30); do sleep 1 & done")
