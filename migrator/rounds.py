@@ -123,9 +123,10 @@ class Rounds:
                 return
             with self._progress.step("collect"):
                 left = self._memory.collect(Moment.STOPPED)
-            if self._limit_bytes is None or left <= self._limit_bytes:
+            if self._limit_bytes is None:
                 return
-            if self._options.on_no_converge is OnNoConverge.POSTCOPY and self._memory.shared_bytes <= self._limit_bytes:
+            may_stay = self._options.on_no_converge is OnNoConverge.POSTCOPY
+            if may_stay and self._memory.shared_bytes <= self._limit_bytes < left:
                 self._memory.stays_behind = True
                 self._progress.note(f"{format_size(left)} were left after it had stopped: that stays behind")
                 return
