@@ -66,9 +66,8 @@ class ArrivingMemory:
 
     def missing_bytes(self) -> int:
         """What was left at the source and has not come yet; what nobody waits for any more is not missing."""
-        if Status.read(self._places.status).state in (State.DONE, State.FAILED):
-            return 0
-        return missing.left_bytes(self.store)
+        left = missing.left_bytes(self.store)
+        return left if left and Status.read(self._places.status).state not in (State.DONE, State.FAILED) else 0
 
     def lose(self, why: str) -> None:
         """Kill the container: the fill ends with its last process."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import structlog
@@ -15,13 +16,11 @@ from agent.container_records import Record, State
 from agent.database import Database
 from agent.departure import Departing
 from agent.journal import Outgoings
+from agent.lending import FrozenCopy
 from agent.managers import Managers
 from agent.peers import RemotePeer, UnknownPeer
 from agent.places import Places
-from agent.processes import pid_inside
 from agent.turns import Turn
-from blockdev.blocks import Batch
-from blockdev.extents import Range
 from migrator import convergence, postcopy, recovery
 from migrator.convergence import OnNoConverge
 from migrator.errors import (
@@ -35,12 +34,8 @@ from migrator.errors import (
     TimedOut,
 )
 from migrator.handover import Outgoing
-from migrator.memory import ProcessGone, ProcessKey
-from migrator.memory.processes import key
-from migrator.memory.reading import read_process
 from migrator.options import Options
 from migrator.ports import Decider, Peer
-from migrator.postcopy import MemoryLost
 from migrator.progress import Progress
 from migrator.source import Departure, Here
 from migrator.stream import Digests, Sender
@@ -179,33 +174,13 @@ class Migrations:
         first = next(requests, None)
         if first is None:
             return
-        record = self._asked(first.migration, first.epoch, asker)
+        asked = partial(self._asked, first.migration, first.epoch, asker)
+        record = asked()
         with self._lock:
             progress = self._running.get(record.migration, Progress(migration_pb2.Migration()))
-        cgroup = self._managers.runtime.cgroup(record.container)
-        processes: dict[int, ProcessKey] = {}
-
-        def check() -> None:
-            now = self._asked(first.migration, first.epoch, asker)
-            if now.may_thaw or now.may_destroy:
-                raise MemoryLost(f"{self._here.host} keeps no copy of {now.container} to pull from")
-            if not cgroup.is_frozen():
-                raise Precondition(f"{now.container} does not stand still at {self._here.host}", reason="NOT_FROZEN")
-
-        def read(pid: int, ranges: list[Range]) -> Iterator[Batch]:
-            try:
-                if not processes:
-                    processes.update({pid_inside(each): key(each) for each in cgroup.pids()})
-                if pid not in processes:
-                    raise MemoryLost(f"{record.container} has no process {pid} at {self._here.host}")
-                for batch in read_process(processes[pid], ranges, strict=True):
-                    check()  # it stood still while that was read
-                    yield batch
-            except ProcessGone as error:
-                raise MemoryLost(f"{error} at {self._here.host}") from error
-
+        copy = FrozenCopy(self._here.host, self._managers.runtime.cgroup(record.container), asked)
         sender = Sender(record.migration, record.epoch, Digests(), progress.meter, progress.sent)
-        yield from postcopy.lend(chain([first], requests), read, sender)
+        yield from postcopy.lend(chain([first], requests), copy.read, sender)
 
     def _asked(self, name: str, epoch: int, asker: str) -> Outgoing:
         record = self._outgoings.get(name)

@@ -109,7 +109,7 @@ class Arrivals:
         record = self._record(source, migration, epoch)
         with self._lock:
             arrival = self._arrivals.get(migration)
-        if record.stage is Stage.READY and arrival is not None and not arrival.is_complete:
+        if record.stage is Stage.READY and arrival is not None and arrival.missing_bytes:
             return Stage.PREPARED
         return record.stage
 
@@ -156,8 +156,10 @@ class Arrivals:
         with self._lock:
             arrivals = list(self._arrivals.values())
         for arrival in arrivals:
-            if arrival.record.container == container and (missing_bytes := arrival.missing_bytes):
-                return arrival.record.source, missing_bytes
+            record = arrival.record
+            runs_here = record.container == container and record.may_run
+            if runs_here and (missing_bytes := arrival.missing_bytes):
+                return record.source, missing_bytes
         return "", 0
 
     def count(self) -> int:

@@ -283,15 +283,9 @@ class Arrival:
             self._discard()
 
     @property
-    def is_complete(self) -> bool:
-        """Whether it needs nothing of its source any more, as far as it has come."""
-        return not self._live or not self._reservation.missing_bytes()
-
-    @property
     def missing_bytes(self) -> int:
-        """Post-copy: of the container that runs here, what only its source has."""
-        is_here = self._live and self.record.stage is Stage.OWNER and not self.is_over
-        return self._reservation.missing_bytes() if is_here else 0
+        """Post-copy: of its memory, as far as it has come, what only the source has."""
+        return self._reservation.missing_bytes()
 
     @property
     def is_over(self) -> bool:
@@ -344,7 +338,7 @@ class Arrival:
     def _pull(self) -> None:
         """Post-copy: have what is missing come, until nothing is."""
         is_working = self._puller is not None and self._puller.is_working
-        if self._live and not self._is_lost and not is_working and self._reservation.missing_bytes():
+        if not self._is_lost and not is_working and self.missing_bytes:
             self._puller = Puller(self.record, self._reservation.memory, self._lend, self._lose)
 
     def _hasten(self) -> None:
@@ -365,7 +359,7 @@ class Arrival:
 
     def _settle(self) -> None:
         faults.point("destination.settle")
-        if not self._reservation.missing_bytes():
+        if self._puller is not None and not self.missing_bytes:
             self._end_pull()
         if self._reservation.settle():
             self._finish()

@@ -11,7 +11,7 @@ Lost are only pages whose last copy is: then the container is killed, never left
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
 
@@ -170,9 +170,8 @@ class _Connection:
 
     def _open(self, store: Path, stack: ExitStack) -> None:
         self._pipes = stack.enter_context(closing(Pipes(store)))
-        self._wake, self._woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stack.callback(os.close, self._wake)
-        stack.callback(os.close, self._woken)
         for pid in missing.pids(store):
             marks = Marks.open_if_there(missing.path_of(store, pid))
             if marks is not None:
@@ -186,7 +185,7 @@ class _Connection:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        _write(self._woken)
+        os.eventfd_write(self._wake, 1)
         with self._using:
             self._stack.close()
 
@@ -223,8 +222,8 @@ class _Connection:
                     return self._order(*found)
                 if self._ordered == self._taken:
                     return None
-            readable([self._pipes.wanted, self._wake], RETRY_S if self._runs.is_set() else WAIT_S)
-            _drain(self._wake)
+            if self._wake in readable([self._pipes.wanted, self._wake], RETRY_S if self._runs.is_set() else WAIT_S):
+                os.eventfd_read(self._wake)
         return None
 
     def _order(self, pid: int, ranges: list[Range]) -> peer_pb2.PullMemoryRequest:
@@ -259,7 +258,7 @@ class _Connection:
             self._store_missing(pid, piece)
             self._taken += piece.length
         self._pipes.has_come()
-        _write(self._woken)
+        os.eventfd_write(self._wake, 1)
 
     def _store_missing(self, pid: int, piece: Piece) -> None:
         """What is there already stays: it was asked for twice, or has been given to its process."""
@@ -272,13 +271,3 @@ class _Connection:
             blocks.write(self._files[pid], Piece(start, end - start, part), ADDRESS_END)
             marks.clear(start, end)
             faults.point("destination.pulled")
-
-
-def _write(pipe: int) -> None:
-    with suppress(BlockingIOError):  # full: it is awake
-        os.write(pipe, b".")
-
-
-def _drain(pipe: int) -> None:
-    with suppress(BlockingIOError):
-        os.read(pipe, 1 << 16)

@@ -76,10 +76,9 @@ class Marks:
 
     def runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """What is missing between two addresses, in order."""
-        for first, last in page_store.data(self._file, start // PAGE_BYTES, end // PAGE_BYTES):
-            for at in range(first, last, _STEP):
-                for run in _RUN.finditer(os.pread(self._file, min(_STEP, last - at), at)):
-                    yield (at + run.start()) * PAGE_BYTES, (at + run.end()) * PAGE_BYTES
+        for at, marks in self._read(start // PAGE_BYTES, end // PAGE_BYTES):
+            for run in _RUN.finditer(marks):
+                yield (at + run.start()) * PAGE_BYTES, (at + run.end()) * PAGE_BYTES
 
     def first(self, start: int, end: int) -> int | None:
         """The first address between the two that is missing."""
@@ -96,14 +95,16 @@ class Marks:
 
     def left_bytes(self) -> int:
         """What is missing."""
-        return PAGE_BYTES * sum(
-            os.pread(self._file, min(_STEP, last - at), at).count(MARK)
-            for first, last in page_store.data(self._file, 0, _END)
-            for at in range(first, last, _STEP)
-        )
+        return PAGE_BYTES * sum(marks.count(MARK) for _, marks in self._read(0, _END))
 
     def close(self) -> None:
         os.close(self._file)
+
+    def _read(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """Of the pages with these numbers: where there are marks, and which."""
+        for first, last in page_store.data(self._file, start, end):
+            for at in range(first, last, _STEP):
+                yield at, os.pread(self._file, min(_STEP, last - at), at)
 
 
 class Pipes:

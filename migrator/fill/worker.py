@@ -97,7 +97,7 @@ class Worker:
             self._starved = False
             self._changing = False
             self._answer_postponed()
-            if self._restored and not self._starved:
+            if self._restored:
                 self._fill_some()
 
     def _may_wait_s(self) -> float | None:
@@ -259,16 +259,16 @@ class Worker:
     def _answer_awaited(self, *, again: bool = False) -> None:
         """Those whose page is not missing any more. With `again` all the others are asked for once more."""
         for number, address in list(self._awaited):
-            space = self._spaces.get(number)
-            segment = space.find(address) if space is not None else None
-            is_missing = (
-                segment is not None
-                and space is not None
-                and self._first_missing(space.owner, segment.source, PAGE_BYTES) is not None
-            )
-            if again or not is_missing:
+            if again or not self._is_missing(number, address):
                 self._awaited.discard((number, address))
                 self._fault(number, address)
+
+    def _is_missing(self, number: int, address: int) -> bool:
+        space = self._spaces.get(number)
+        segment = None if space is None else space.find(address)
+        if space is None or segment is None:
+            return False
+        return self._first_missing(space.owner, segment.source, PAGE_BYTES) is not None
 
     def _close_ended(self) -> None:
         for number, space in list(self._spaces.items()):

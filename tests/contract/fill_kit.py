@@ -219,3 +219,21 @@ def _mappings(pid: int) -> Iterator[tuple[int, int]]:
         name = fields[5] if len(fields) > 5 else ""
         if fields[1][3] == "p" and not name.startswith(("[vvar", "[vsyscall")):
             yield start, end
+
+
+def children(pid: int) -> list[int]:
+    """Of a process itself."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def workers(keeper: int) -> list[int]:
+    """Processes that it has forked: the guard is the first, and ends by itself."""
+    return children(keeper)[1:]
+
+
+def kill_workers(keeper: int, times: int, pause_s: float) -> None:
+    """One after the other, with a moment for the next."""
+    for _ in range(times):
+        for worker in workers(keeper):
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(pause_s)

@@ -13,7 +13,7 @@ import pytest
 from migrator.errors import ExecutionError
 from migrator.fill.keeper import Keeper
 from migrator.fill.status import State, Status, is_held
-from tests.contract.fill_kit import Room, Victim, room, victim
+from tests.contract.fill_kit import Room, Victim, children, kill_workers, room, victim, workers
 
 pytestmark = pytest.mark.root
 
@@ -67,10 +67,7 @@ def test_a_worker_that_dies_is_replaced(made: Room, scenario: str) -> None:
         moved.dump()
         fill = moved.launch()
         moved.restore()
-        for _ in range(3):
-            for worker in workers(fill):
-                os.kill(worker, signal.SIGKILL)
-            time.sleep(0.01)
+        kill_workers(fill, 3, 0.01)
         assert moved.wait_until_filled().state is State.DONE, moved.log()
         assert moved.wait_for("bad") == ["bad 0"]
 
@@ -175,15 +172,6 @@ def test_a_store_without_the_vdso_is_refused(made: Room) -> None:
             os.truncate(file, 0)
         with pytest.raises(ExecutionError, match="vdso"):
             moved.restore()
-
-
-def workers(keeper: int) -> list[int]:
-    """Processes that it has forked: the guard is the first, and ends by itself."""
-    return children(keeper)[1:]
-
-
-def children(keeper: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()]
 
 
 def ends(descriptor: int) -> bool:

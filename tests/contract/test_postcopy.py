@@ -23,8 +23,7 @@ from migrator.handover import Incoming
 from migrator.memory.reading import without_zeros
 from migrator.postcopy import MemoryLost, Puller
 from migrator.stream import Digests, Meter, Sender
-from tests.contract.fill_kit import Room, Victim, room, victim
-from tests.contract.test_fill import workers
+from tests.contract.fill_kit import Room, Victim, kill_workers, room, victim
 
 pytestmark = pytest.mark.root
 
@@ -201,10 +200,7 @@ def test_a_worker_that_dies_is_replaced(made: Room, scenario: str) -> None:
         fill = moved.launch()
         with closing(pull(moved, source)):
             moved.restore()
-            for _ in range(3):
-                for worker in workers(fill):
-                    os.kill(worker, signal.SIGKILL)
-                time.sleep(0.05)
+            kill_workers(fill, 3, 0.05)
             assert moved.wait_until_filled().state is State.DONE, moved.log()
             assert moved.wait_for("bad") == ["bad 0"]
 

@@ -1,7 +1,9 @@
 """Memory that is pulled after the handover: never a wrong byte, whoever dies, and an end if its last copy is lost."""
 
 import json
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,14 +11,15 @@ import pytest
 from tests.lab import victim
 from tests.lab.crash_kit import Crashes, faults_allowed
 from tests.lab.lab_kit import HOSTS, Lab, eventually
-from tests.lab.victim import start, told
+from tests.lab.victim import POSTCOPY, expect_whole, start
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]
 
 # The image is at the second: of the disk there is little to send then, however slow the link is.
 A, B = reversed(HOSTS)
 NAME = "endless"
-POSTCOPY = ("--on-no-converge", "postcopy", "--bandwidth", "2Mbit/s", "--max-downtime", "20ms")
+# Whatever waits for pages goes on by then.
+PULL_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +51,10 @@ def phases(report: dict[str, Any]) -> list[str]:
     return [phase["name"] for phase in report["phases"]]
 
 
-def expect_whole(lab: Lab, host: str) -> None:
-    rounds, bad = told(lab, host, NAME)
-    assert not bad
-    eventually("it goes on", lambda: told(lab, host, NAME)[0] > rounds + 2, 60)
-    assert not told(lab, host, NAME)[1]
-
-
 def expect_moved(lab: Lab) -> None:
     """All of it is at B, and nothing at A."""
     eventually("it is at B alone", lambda: lab.where(NAME) == [B], 60)
-    expect_whole(lab, B)
+    expect_whole(lab, B, NAME, PULL_S)
     eventually("nothing is left to pull", lambda: not lab.leftovers(A), 60)
 
 
@@ -73,7 +69,7 @@ def test_never_a_wrong_byte(lab: Lab, program: str) -> None:
         assert not report["missing_bytes"]
         # Half of a second goes for the images, at that rate.
         assert report["downtime_ms"] < 2500
-        expect_whole(lab, B)
+        expect_whole(lab, B, NAME, PULL_S)
         assert not [kind for kind, found in lab.clean(A).items() if found]
         lab.migrate(NAME, B, A)
     assert pulled
@@ -93,7 +89,7 @@ def test_it_says_how_much_is_missing(lab: Lab, program: str) -> None:
     assert process.returncode == 0, err
     assert f"is still at {A}" in err
     assert f"moved from {A} to {B}" in out
-    expect_whole(lab, B)
+    expect_whole(lab, B, NAME, PULL_S)
 
 
 def migrations(lab: Lab) -> list[dict[str, Any]]:
@@ -134,7 +130,7 @@ def expect_moved_or_not(lab: Lab, point: str) -> None:
     if where == B:
         expect_moved(lab)
     else:
-        expect_whole(lab, A)
+        expect_whole(lab, A, NAME, PULL_S)
 
 
 def busy(lab: Lab) -> bool:
@@ -142,11 +138,18 @@ def busy(lab: Lab) -> bool:
     return any(row["migration"] or row["state"] != "running" for row in rows)
 
 
+@contextmanager
+def pulling(faulty: Crashes) -> Iterator["subprocess.Popen[str]"]:
+    """A migration whose container runs at B, while A waits before it asks how much is missing: until `forget`."""
+    faulty.ask(A, "source.lend", "hang")
+    with faulty.lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json") as process:
+        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+        yield process
+
+
 def test_the_link_is_cut(faulty: Crashes) -> None:
     lab = faulty.lab
-    faulty.ask(A, "source.lend", "hang")
-    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json") as process:
-        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+    with pulling(faulty) as process:
         lab.lab("cut", A)
         faulty.forget()
         out, err = process.communicate(timeout=60)
@@ -160,9 +163,7 @@ def test_the_link_is_cut(faulty: Crashes) -> None:
 def test_the_source_loses_its_power(faulty: Crashes) -> None:
     """And with it pages that are nowhere else: the container is ended, not left to read others."""
     lab = faulty.lab
-    faulty.ask(A, "source.lend", "hang")
-    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json"):
-        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+    with pulling(faulty):
         lab.lab("power-cut", A)
         faulty.forget()
         lab.lab("boot", A)
@@ -174,19 +175,17 @@ def test_the_source_loses_its_power(faulty: Crashes) -> None:
 def test_the_destination_is_gone_for_good(faulty: Crashes) -> None:
     """An operator says so: it goes on at the source, as it was at the freeze."""
     lab = faulty.lab
-    faulty.ask(A, "source.lend", "hang")
-    with lab.background(A, "migrate", NAME, B, *POSTCOPY, "-o", "json"):
-        eventually("it pulls", lambda: faulty.reached(A, "source.lend"), 60)
+    with pulling(faulty):
         lab.lab("power-cut", B)
         faulty.forget()
         eventually("it can be resolved", lambda: resolved(lab), 60)
         eventually("that is done", lambda: not lab.ps(A)[NAME]["migration"], 60)
-        expect_whole(lab, A)
+        expect_whole(lab, A, NAME, PULL_S)
         # It comes back all the same, and had been the owner: the disk is there, and the memory went with the power.
         lab.lab("boot", B)
         eventually("its copy is found", lambda: lab.ps(B).get(NAME, {}).get("state") == "stopped", 60)
         assert lab.ps(B)[NAME]["lost"]
-        expect_whole(lab, A)
+        expect_whole(lab, A, NAME, PULL_S)
 
 
 def resolved(lab: Lab) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tests.lab.lab_kit import HOSTS, Lab, eventually
 
+# So slow that it writes faster.
+POSTCOPY = ("--on-no-converge", "postcopy", "--bandwidth", "2Mbit/s", "--max-downtime", "20ms")
 SOURCE = Path(__file__).parents[1] / "contract" / "fill_victim.c"
 
 
@@ -33,3 +35,11 @@ def told(lab: Lab, host: str, name: str) -> tuple[int, int]:
     """Rounds, and how much was wrong."""
     found = re.match(r"rounds (\d+) +bad (\d+)", lab.exec(host, name, "cat", "/out"))
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def expect_whole(lab: Lab, host: str, name: str, within_s: float = 30) -> None:
+    """It goes on, and nothing was wrong."""
+    rounds, bad = told(lab, host, name)
+    assert not bad
+    eventually("it goes on", lambda: told(lab, host, name)[0] > rounds + 2, within_s)
+    assert not told(lab, host, name)[1]
