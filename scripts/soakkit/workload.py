@@ -34,7 +34,7 @@ class SoakError(Exception):
 
 def start(lab: Lab, host: str) -> None:
     """The container, at this host, and its Redis answers."""
-    lab.image(host, "redis", "redis-server")
+    lab.image(host, "redis")
     command = ["sh", "-c", f"({_WRITER}) & exec {_SERVER}"]
     lab.start(
         host, NAME, "redis", "--disk", "1GiB", "--memory", "256MiB", "--ip", f"{ADDRESS}/16", "-p", "6379:6379",

@@ -14,13 +14,12 @@ KVM = Path("/dev/kvm")
 FOUND = CACHE / "accelerator.json"
 TRY_S = 20.0
 # Address space randomisation and mitigations cost an emulator time, and newer processors' instructions trip it.
-EMULATED = ["-accel", "tcg", "-cpu", "Nehalem"]
-VIRTUALISED = ["-accel", "kvm", "-cpu", "host"]
+PROCESSORS = {"tcg": "Nehalem", "kvm": "host"}
 
 
-def options() -> list[str]:
-    """QEMU's."""
-    return VIRTUALISED if name() == "kvm" else EMULATED
+def options(cpu: str = "") -> list[str]:
+    """QEMU's, with this processor unless with the usual one."""
+    return ["-accel", name(), "-cpu", cpu or PROCESSORS[name()]]
 
 
 def name() -> str:
@@ -46,8 +45,8 @@ def _starts(kernel: Path) -> bool:
     """Whether the kernel comes as far as complaining that it has no root."""
     with tempfile.NamedTemporaryFile() as console:
         command = [
-            *foreign.qemu(), *VIRTUALISED, "-machine", "pc", "-m", "512", "-nodefaults", "-display", "none",
-            "-no-reboot", "-kernel", str(kernel), "-append", "console=ttyS0 panic=-1",
+            *foreign.qemu(), "-accel", "kvm", "-cpu", PROCESSORS["kvm"], "-machine", "pc", "-m", "512", "-nodefaults",
+            "-display", "none", "-no-reboot", "-kernel", str(kernel), "-append", "console=ttyS0 panic=-1",
             "-serial", f"file:{console.name}",
         ]  # fmt: skip
         try:

@@ -41,10 +41,10 @@ def power_cut(machine: Machine) -> None:
     build.hang_up(machine)
 
 
-def boot(machine: Machine) -> None:
+def boot(machine: Machine, cpu: str = "") -> None:
     from vmkit import power
 
-    power.on(machine)
+    power.on(machine, cpu)
     power.wait_until_it_answers(machine)
 
 

@@ -26,15 +26,15 @@ BOOT_S = 900.0
 IDLE = ("chrt", "--idle", "0", "nice", "-n", "19")
 
 
-def on(machine: Machine) -> None:
-    """Start the machine from its disk as it is. Raises LabError."""
+def on(machine: Machine, cpu: str = "") -> None:
+    """Start the machine from its disk as it is, with the processor `cpu` unless with that of all. Raises LabError."""
     if machine.pid():
         raise LabError(f"{machine.name} is running already", 2)
     disk = _start_disk(machine)
     port = network.plug(machine)
     kernel = machine.folder / "kernel"
     words = [
-        *IDLE, *foreign.qemu(), *accelerator.options(), "-machine", "pc", "-nodefaults", "-display", "none",
+        *IDLE, *foreign.qemu(), *accelerator.options(cpu), "-machine", "pc", "-nodefaults", "-display", "none",
         "-m", str(MEMORY_MIB), "-smp", "1", "-no-user-config", "-name", machine.name,
         "-kernel", str(kernel / "vmlinuz"), "-initrd", str(kernel / "initrd"), "-append", ARGUMENTS,
         "-chardev", f"file,id=console,path={machine.console},append=on", "-serial", "chardev:console",

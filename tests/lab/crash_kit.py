@@ -59,7 +59,7 @@ class Crashes:
         return file.exists() and point in file.read_text().split()
 
     def start_redis(self) -> None:
-        self.lab.image(A, "redis", "redis-server")
+        self.lab.image(A, "redis")
         self.lab.start(
             A, NAME, "redis", "--disk", "1GiB", "--memory", "256MiB", "--ip", f"{ADDRESS}/16",
             command=["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""],

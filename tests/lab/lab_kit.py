@@ -21,6 +21,17 @@ CLIENT = ("python3", str(CHECKOUT / "scripts/labkit/client.py"))
 HOSTS = ("host-a", "host-b")
 COMMAND_TIMEOUT_S = 120.0
 
+# Images, by their names: a Debian with these packages.
+SUITE = "bookworm"
+PACKAGES = {"redis": ("redis-server",), "tools": ("nginx-light", "python3"), "postgresql": ("postgresql",)}
+POSTGRESQL = """\
+cd /var/lib/postgresql
+printf 'local all all trust\\nhost all all all trust\\n' >/tmp/hba.conf
+exec /usr/lib/postgresql/15/bin/postgres -D /var/lib/postgresql/15/main \
+    -c config_file=/etc/postgresql/15/main/postgresql.conf -c hba_file=/tmp/hba.conf -c ssl=off \
+    -c listen_addresses='*' -c unix_socket_directories=/tmp -c shared_buffers=32MB -c external_pid_file=
+"""
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -93,11 +104,11 @@ class Lab:
 
     # -- containers -------------------------------------------------------------------------------------------------
 
-    def image(self, host: str, name: str, *packages: str) -> None:
-        """A Debian bookworm with these packages is an image of the host."""
+    def image(self, host: str, name: str) -> None:
+        """One of PACKAGES is an image of the host."""
         if (host, name) not in self._images:
             done = self.run(
-                host, "migrator", "image", "build", name, "--suite", "bookworm", "--include", ",".join(packages),
+                host, "migrator", "image", "build", name, "--suite", SUITE, "--include", ",".join(PACKAGES[name]),
                 timeout_s=400,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
@@ -123,7 +134,7 @@ class Lab:
         self, host: str, name: str, feature: str, address: str, *options: str, program: str = "workload.py"
     ) -> None:
         """A container that runs one of `programs` with these words, and answers."""
-        self.image(host, "tools", "nginx-light", "python3")
+        self.image(host, "tools")
         wait = "until test -e /workload.ready; do sleep 0.02; done; exec python3 /workload.py " + feature
         self.start(host, name, "tools", "--ip", f"{address}/16", *options, command=["sh", "-c", wait])
         push = "cat >/workload.py && touch /workload.ready"
@@ -157,12 +168,24 @@ class Lab:
         self, host: str, name: str, address: str, *options: str, bind: str = "0.0.0.0", arguments: Sequence[str] = ()
     ) -> None:
         """A container with a Redis that answers."""
-        self.image(host, "redis", "redis-server")
+        self.image(host, "redis")
         server = ["redis-server", "--bind", *bind.split(), "--protected-mode", "no", "--enable-debug-command", "yes"]
         server += arguments
         self.start(host, name, "redis", "--ip", f"{address}/16", *options, command=server)
         ping = ("redis-cli", "-h", address, "ping")
         eventually("redis answers", lambda: "PONG" in self.client(*ping).stdout, 15 * self.slower)
+
+    def start_postgresql(self, host: str, name: str, address: str, *options: str) -> None:
+        """A container with a PostgreSQL that answers, and trusts everybody."""
+        self.image(host, "postgresql")
+        options = ("--ip", f"{address}/16", "--user", "postgres", *options)
+        self.start(host, name, "postgresql", *options, command=["sh", "-c", POSTGRESQL])
+        ready = ("pg_isready", "-q", "-h", address)
+        eventually("PostgreSQL is ready", lambda: self.client(*ready).returncode == 0, 30 * self.slower)
+
+    def psql(self, address: str, statement: str) -> str:
+        """What psql on the client answers."""
+        return self.client_ok("psql", "-h", address, "-U", "postgres", "-AtX", "-c", statement).strip()
 
     def ps(self, host: str) -> dict[str, dict[str, Any]]:
         """`migrator ps -o json`, by container."""

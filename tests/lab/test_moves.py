@@ -96,7 +96,7 @@ def test_ipv6_connection(lab: Lab) -> None:
 
 def test_container_that_exits_during_its_move(lab: Lab) -> None:
     """It ends as such at the source, and the outcome says so."""
-    lab.image("host-a", "redis", "redis-server")
+    lab.image("host-a", "redis")
     # Enough to send for the end to come while it is being sent.
     fill = "head -c 100M /dev/urandom >/root/random; echo ready; until test -e /root/end; do sleep 0.01; done; exit 3"
     lab.start("host-a", "brief", "redis", "--disk", "1GiB", command=["sh", "-c", fill])
@@ -122,7 +122,7 @@ def test_agent_answers_while_it_streams(lab: Lab, capsys: pytest.CaptureFixture[
     It is asked over gRPC from this process, on the agent's own socket: the start of the command line, 100 ms and more
     of Python, says nothing about the agent.
     """
-    lab.image("host-a", "redis", "redis-server")
+    lab.image("host-a", "redis")
     lab.start("host-a", "large", "redis", "--disk", "1GiB", "--volume", "/data=2GiB", command=["sleep", "infinity"])
     lab.exec("host-a", "large", "sh", "-c", f"head -c {RANDOM_MIB}M /dev/urandom >/data/random && sync")
     times: dict[str, list[float]] = {"host-a": [], "host-b": []}

@@ -98,7 +98,7 @@ def migrations(lab: Lab) -> list[dict[str, Any]]:
 
 
 def test_a_disk_cannot_be_left_behind(lab: Lab) -> None:
-    lab.image(B, "tools", "nginx-light", "python3")
+    lab.image(B, "tools")
     write = "while :; do dd if=/dev/urandom of=/file bs=1M count=24 conv=fsync 2>/dev/null; done"
     lab.start(B, "writer", "tools", "--disk", "1GiB", command=["sh", "-c", write])
     lab.migrate("writer", B, A)

@@ -41,7 +41,7 @@ def migrations(lab: Lab) -> dict[str, dict[str, Any]]:
 
 def start_all(lab: Lab) -> None:
     """At host-a."""
-    lab.image("host-a", "redis", "redis-server")
+    lab.image("host-a", "redis")
     for number, name in enumerate(NAMES):
         address = f"10.77.2.{170 + number}/16"
         lab.start("host-a", name, "redis", "--disk", "1GiB", "--ip", address, command=["sleep", "infinity"])

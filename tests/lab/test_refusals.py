@@ -45,7 +45,7 @@ def test_names(running: Lab) -> None:
 
 
 def test_name_and_port_taken_there(running: Lab) -> None:
-    running.image("host-b", "redis", "redis-server")
+    running.image("host-b", "redis")
     create = ["migrator", "create", "--image", "redis", "--disk", "1GiB"]
     running.ok("host-b", *create, "ct", "--", "sleep", "infinity")
     code, reason, message = refused(running, "ct", "host-b")
@@ -60,7 +60,7 @@ def test_name_and_port_taken_there(running: Lab) -> None:
 def test_address_in_use_there(lab: Lab) -> None:
     """Two stopped containers have the same address, each on its host: nobody could notice when they were created."""
     for host, name in (("host-a", "ct"), ("host-b", "other")):
-        lab.image(host, "redis", "redis-server")
+        lab.image(host, "redis")
         lab.ok(
             host, "migrator", "create", "--image", "redis", "--disk", "1GiB", "--ip", f"{ADDRESS}/16", name,
             "--", "sleep", "infinity",
@@ -99,13 +99,13 @@ def test_what_is_the_same_as_an_image_there_needs_no_room(running: Lab) -> None:
 
     running.no_image("host-b", "redis")
     assert refusal() == "NO_SPACE"
-    running.image("host-b", "redis", "redis-server")
+    running.image("host-b", "redis")
     assert refusal() is None
 
 
 def test_bind_mounts(lab: Lab) -> None:
     """A folder of the host goes along only where it is marked, and there at both ends."""
-    lab.image("host-a", "redis", "redis-server")
+    lab.image("host-a", "redis")
     lab.ok("host-a", "mkdir", "/run/only-here")
     try:
         for name, bind in (

@@ -14,13 +14,6 @@ from tests.lab.lab_kit import CLIENT, Lab, eventually
 pytestmark = [pytest.mark.lab, pytest.mark.root]
 
 ROUTE = ("host-a", "host-b")
-POSTGRES = """\
-cd /var/lib/postgresql
-printf 'local all all trust\\nhost all all all trust\\n' >/tmp/hba.conf
-exec /usr/lib/postgresql/15/bin/postgres -D /var/lib/postgresql/15/main \
-    -c config_file=/etc/postgresql/15/main/postgresql.conf -c hba_file=/tmp/hba.conf -c ssl=off \
-    -c listen_addresses='*' -c unix_socket_directories=/tmp -c shared_buffers=32MB -c external_pid_file=
-"""
 NGINX = """\
 head -c 65536 /dev/urandom >/var/www/html/data
 echo 'keepalive_requests 10000000;' >/etc/nginx/conf.d/keepalive.conf
@@ -117,17 +110,7 @@ def test_pause_of_an_idle_container(lab: Lab, capsys: pytest.CaptureFixture[str]
 def test_postgresql_under_pgbench(lab: Lab) -> None:
     """Moves under load from the client, five unless all is slow: nothing fails, indexes are sound, books balance."""
     address = "10.77.2.103"
-    lab.image("host-a", "postgresql", "postgresql")
-    lab.start(
-        "host-a", "db", "postgresql", "--disk", "2GiB", "--ip", f"{address}/16", "--user", "postgres",
-        command=["sh", "-c", POSTGRES],
-    )  # fmt: skip
-
-    def psql(statement: str) -> str:
-        return lab.client_ok("psql", "-h", address, "-U", "postgres", "-AtX", "-c", statement).strip()
-
-    ready = ["pg_isready", "-q", "-h", address]
-    eventually("PostgreSQL is ready", lambda: lab.client(*ready).returncode == 0, 30)
+    lab.start_postgresql("host-a", "db", address, "--disk", "2GiB")
     as_user = ["-h", address, "-U", "postgres"]
     lab.client_ok("pgbench", *as_user, "-i", "-q", "-s", "2", "postgres")
     load = ["pgbench", *as_user, "-c", "4", "-T", "45", "postgres"]
@@ -146,19 +129,19 @@ def test_postgresql_under_pgbench(lab: Lab) -> None:
     (host,) = lab.where("db")
     done = re.search(r"transactions actually processed: (\d+)", out)
     assert done
-    assert psql("SELECT count(*) FROM pgbench_history") == done[1]
+    assert lab.psql(address, "SELECT count(*) FROM pgbench_history") == done[1]
     sums = [
-        psql(f"SELECT sum({column}) FROM pgbench_{table}")
+        lab.psql(address, f"SELECT sum({column}) FROM pgbench_{table}")
         for table, column in (
             ("accounts", "abalance"), ("tellers", "tbalance"), ("branches", "bbalance"), ("history", "delta"),
         )
     ]  # fmt: skip
     assert len(set(sums)) == 1, sums
-    psql("CREATE EXTENSION amcheck")
+    lab.psql(address, "CREATE EXTENSION amcheck")
     indexes = "FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relkind = 'i' AND c.relam = 403"
-    checked = int(psql(f"SELECT count(bt_index_check(c.oid, i.indisunique IS NOT NULL)) {indexes}"))
-    assert checked == int(psql(f"SELECT count(*) {indexes}")) > 100
-    psql("CHECKPOINT")
+    checked = int(lab.psql(address, f"SELECT count(bt_index_check(c.oid, i.indisunique IS NOT NULL)) {indexes}"))
+    assert checked == int(lab.psql(address, f"SELECT count(*) {indexes}")) > 100
+    lab.psql(address, "CHECKPOINT")
     log = lab.run(host, "migrator", "logs", "db")
     assert "PANIC" not in log.stderr + log.stdout
 
@@ -166,7 +149,7 @@ def test_postgresql_under_pgbench(lab: Lab) -> None:
 def test_nginx_with_keep_alive_clients(lab: Lab) -> None:
     """Twenty connections stay open through two moves, and each answer is right."""
     address = "10.77.2.104"
-    lab.image("host-a", "tools", "nginx-light", "python3")
+    lab.image("host-a", "tools")
     lab.start("host-a", "web", "tools", "--ip", f"{address}/16", command=["sh", "-c", NGINX])
 
     def answers() -> bool:
@@ -194,7 +177,7 @@ def test_nginx_with_keep_alive_clients(lab: Lab) -> None:
 def test_new_connections_while_it_moves(lab: Lab) -> None:
     """A server whose queue of connections is hardly ever empty; at most what comes in a few milliseconds is reset."""
     address = "10.77.2.105"
-    lab.image("host-a", "tools", "nginx-light", "python3")
+    lab.image("host-a", "tools")
     lab.start("host-a", "new", "tools", "--ip", f"{address}/16", command=["sh", "-c", NGINX])
     url = f"http://{address}/data"
     fetch = ("python3", "-c", f"import urllib.request as u; u.urlopen('{url}')")

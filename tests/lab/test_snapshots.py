@@ -31,7 +31,7 @@ print(number)
 @pytest.fixture
 def redis(lab: Lab) -> Lab:
     """With a log on the disk that is synced at every write."""
-    lab.image(A, "redis", "redis-server")
+    lab.image(A, "redis")
     lab.start(
         A, NAME, "redis", "--disk", "1GiB", "--volume", "/data=64MiB", "--ip", f"{ADDRESS}/16",
         command=["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/data", "--appendonly", "yes",

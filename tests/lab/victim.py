@@ -23,7 +23,7 @@ def compiled() -> str:
 
 def start(lab: Lab, program: str, scenario: str, mib: int) -> None:
     """A container called like the scenario, at the first host, that goes round."""
-    lab.image(HOSTS[0], "tools", "nginx-light", "python3")
+    lab.image(HOSTS[0], "tools")
     command = f"until test -e /go; do sleep 0.05; done; exec /victim /out /go {scenario} {mib}"
     lab.start(HOSTS[0], scenario, "tools", "--disk", "1GiB", command=["sh", "-c", command])
     push = "base64 -d >/victim && chmod +x /victim && touch /go"

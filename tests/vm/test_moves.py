@@ -8,7 +8,7 @@ from tests.vm.vm_kit import Machines
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 A, B = "host-a", "host-b"
-ADDRESS = "10.77.2.101"
+ADDRESS, OTHER = "10.77.2.101", "10.77.2.102"
 KEYS = 5000
 
 
@@ -25,3 +25,23 @@ def test_a_redis_moves_and_its_client_does_not_notice(machines: Machines) -> Non
     machines.exec(B, "ct101", "sha256sum", "--check", "--quiet", "/sum")
     assert not machines.clean(A), "left behind at the source"
     assert moved["downtime_ms"] > 0
+
+
+def test_every_tracker(machines: Machines) -> None:
+    """Of those that the kernels of both have; a client writes the while."""
+    machines.start_redis(A, "ct102", OTHER)
+    machines.client_ok(*CLIENT, "fill", OTHER, "6379", str(KEYS))
+    where = [A, B]
+    for method in trackers(machines):
+        with machines.configured("memory_tracker", method), machines.counting(OTHER) as report:
+            moved = machines.migrate("ct102", *where)
+        assert any(note.startswith(f"memory is tracked by {method}:") for note in moved["notes"]), moved["notes"]
+        assert report["same_connection"] and not report["wrong"], report
+        assert machines.client_ok(*CLIENT, "check", OTHER, "6379", str(KEYS)).strip() == str(KEYS)
+        where.reverse()
+
+
+def trackers(machines: Machines) -> set[str]:
+    """As Debian's kernels should have them."""
+    has = [{"soft-dirty"} | ({"write-protect"} if machines.release(host) != "bookworm" else set()) for host in (A, B)]
+    return has[0] & has[1]

@@ -1,12 +1,11 @@
 """Power cuts in the middle of a move: after the boot, without a human, one copy runs and has kept its promises."""
 
-import json
 from collections.abc import Iterator
 
 import pytest
 
 from tests.lab.lab_kit import CLIENT, HOSTS, eventually
-from tests.vm.vm_kit import MOVES_TRIED, Machines
+from tests.vm.vm_kit import SETTLE_S, Machines
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
@@ -14,7 +13,6 @@ A, B = HOSTS
 NAME, ADDRESS = "ct-power", "10.77.2.120"
 # Every answer to a write is a promise: it is on the disk.
 DURABLE = ["--appendonly", "yes", "--appendfsync", "always"]
-SETTLE_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +32,16 @@ def faulty(machines_session: Machines) -> Iterator[Machines]:
 @pytest.mark.parametrize(
     ("cut", "host", "point", "ends_at"),
     [
+        pytest.param(B, B, "destination.prepare", A, id="destination before it has reserved"),
+        pytest.param(B, B, "destination.send", A, id="destination in the rounds"),
         pytest.param(B, B, "destination.restore", A, id="destination before ready"),
         pytest.param(B, B, "destination.ready", A, id="destination after ready"),
         pytest.param(B, A, "source.released", A, id="destination after release"),
         pytest.param(B, B, "destination.owner", B, id="destination after the commit"),
         pytest.param(B, B, "destination.settle", B, id="destination in the fill"),
+        pytest.param(A, A, "source.prepare", A, id="source before the rounds"),
+        pytest.param(A, A, "source.precopy", A, id="source in the rounds"),
+        pytest.param(A, A, "source.freeze", A, id="source in the freeze"),
         pytest.param(A, A, "source.final", A, id="source before ready"),
         pytest.param(A, A, "source.ready", B, id="source after ready"),
         pytest.param(A, A, "source.released", B, id="source after release"),
@@ -54,7 +57,7 @@ def test_power_cut(faulty: Machines, cut: str, host: str, point: str, ends_at: s
     promised = [0]
     with machines.background("client", *CLIENT, "count", ADDRESS, "6379"):
         eventually("it counts", lambda: _counter(machines, promised) > 0, SETTLE_S * machines.slower)
-        _move_until(machines, host, point, promised)
+        machines.move_until(NAME, host, point, lambda: _counter(machines, promised))
         machines.power_cut(cut)
     machines.boot(cut)
     machines.forget(host)
@@ -63,24 +66,6 @@ def test_power_cut(faulty: Machines, cut: str, host: str, point: str, ends_at: s
     assert machines.ok(ends_at, "migrator", "volume", "check", NAME)
     lost = machines.ps(ends_at)[NAME]["lost"]
     assert bool(lost) == (cut == ends_at), f"the loss is told as {lost}"
-
-
-def _move_until(machines: Machines, host: str, point: str, promised: list[int]) -> None:
-    """Begin to move it, again if that is rolled back before it has come there: see `Machines.migrate`."""
-    for _ in range(MOVES_TRIED):
-        with machines.background(A, "migrate", NAME, B, "--detach", "-o", "json") as begun:
-            out, err = begun.communicate(timeout=60 * machines.slower)
-        assert begun.returncode == 0, err
-        name = json.loads(out)["migration"]
-        while not machines.reached(host, point):
-            _counter(machines, promised)
-            moving = json.loads(machines.ok(A, "migrator", "migrations", "show", name, "-o", "json"))
-            if moving["outcome"] != "running":
-                print(f"\nit has not come to {point}: {moving['outcome']}, {moving['error']}")
-                break
-        else:
-            return
-    raise AssertionError(f"no migration has come to {point}")
 
 
 def _counter(machines: Machines, promised: list[int]) -> int:
@@ -93,13 +78,7 @@ def _counter(machines: Machines, promised: list[int]) -> int:
 
 def _settled(machines: Machines, where: str) -> None:
     """It runs there, answers, and the other host has nothing of it."""
-
-    def there_alone() -> bool:
-        rows = [(host, machines.ps(host).get(NAME)) for host in HOSTS]
-        found = [(host, row["state"], row["migration"]) for host, row in rows if row]
-        return found == [(where, "running", None)]
-
-    eventually(f"it runs at {where} alone", there_alone, SETTLE_S * machines.slower)
+    machines.await_alone(NAME, where)
     ping = ("timeout", "5", "redis-cli", "-h", ADDRESS, "ping")
     eventually("it answers", lambda: "PONG" in machines.client(*ping).stdout, SETTLE_S * machines.slower)
     other = next(host for host in HOSTS if host != where)

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from agent import template
 from labkit.leftovers import Leftovers, difference
-from tests.lab.lab_kit import CHECKOUT, HOSTS, Lab, eventually
+from tests.lab.lab_kit import CHECKOUT, HOSTS, PACKAGES, SUITE, Lab, eventually
 
 SCRIPT = str(CHECKOUT / "scripts/vmlab")
 # Emulation costs a factor of 15 or so, and takes what the rest of the machine leaves.
@@ -18,6 +23,10 @@ UP_S = 2400
 MOVES_TRIED = 4
 FAULTS = "/run/faults"
 DROP_IN = "/etc/systemd/system/migrator-agent.service.d"
+CONFIGURATION = "/etc/migrator/config.toml"
+# As on this machine, from where new machines have them.
+TEMPLATES = Path("/var/cache/migrator")
+SETTLE_S = 30.0
 
 
 @dataclass
@@ -89,6 +98,26 @@ class Machines(Lab):
             self.ok(host, "sh", "-ec", f"rm -rf {DROP_IN} {FAULTS}*; systemctl daemon-reload")
         self.restart_agents()
 
+    @contextmanager
+    def configured(self, key: str, value: str, hosts: Sequence[str] = HOSTS) -> Iterator[None]:
+        """With that in the agents' configuration, as text in quotes, for the length of a block."""
+        kept = {host: self.ok(host, "cat", CONFIGURATION) for host in hosts}
+        for host, text in kept.items():
+            changed, count = re.subn(rf"^{key} = .*$", f'{key} = "{value}"', text, flags=re.MULTILINE)
+            assert count == 1, f"{CONFIGURATION} of {host} has {count} lines for {key}"
+            self.ok(host, "tee", CONFIGURATION, stdin=changed)
+        self.restart_agents()
+        try:
+            yield
+        finally:
+            for host, text in kept.items():
+                self.ok(host, "tee", CONFIGURATION, stdin=text)
+            self.restart_agents()
+
+    def release(self, host: str) -> str:
+        """Its suite of Debian."""
+        return self.ok(host, "sh", "-c", ". /etc/os-release; echo $VERSION_CODENAME").strip()
+
     def restart_agents(self) -> None:
         """Of both hosts, side by side."""
         with ThreadPoolExecutor(len(HOSTS)) as pool:
@@ -106,6 +135,33 @@ class Machines(Lab):
         """Whether it has gone wrong."""
         return point in self.run(host, "cat", f"{FAULTS}.reached").stdout.split()
 
+    def move_until(self, container: str, host: str, point: str, meanwhile: Callable[[], object]) -> None:
+        """Begin to move it from the first host to the second, again if that is rolled back before the host has come to
+        that point: see `migrate`."""
+        source, destination = HOSTS
+        for _ in range(MOVES_TRIED):
+            begun = self.run(source, "migrate", container, destination, "--detach", "-o", "json")
+            assert begun.returncode == 0, begun.stderr
+            name = json.loads(begun.stdout)["migration"]
+            while not self.reached(host, point):
+                meanwhile()
+                moving = json.loads(self.ok(source, "migrator", "migrations", "show", name, "-o", "json"))
+                if moving["outcome"] != "running":
+                    print(f"\nit has not come to {point}: {moving['outcome']}, {moving['error']}")
+                    break
+            else:
+                return
+        raise AssertionError(f"no migration has come to {point}")
+
+    def await_alone(self, container: str, where: str) -> None:
+        """Wait until it runs there, with nothing under way."""
+
+        def there_alone() -> bool:
+            rows = [(host, self.ps(host).get(container)) for host in HOSTS]
+            return [(host, row["state"], row["migration"]) for host, row in rows if row] == [(where, "running", None)]
+
+        eventually(f"{container} runs at {where} alone", there_alone, SETTLE_S * self.slower)
+
     def await_agent(self, host: str) -> None:
         """Wait until the agent's service has said that it is ready."""
         active = ("systemctl", "is-active", "--quiet", "migrator-agent")
@@ -113,7 +169,9 @@ class Machines(Lab):
 
 
 def up(suite: str) -> None:
-    """Two of them, ready."""
+    """Two of them, ready. What images are built from is made here, where that takes a minute and not half an hour."""
+    for packages in PACKAGES.values():
+        template.build(TEMPLATES, SUITE, packages, print, lambda: False)
     done = subprocess.run(
         [SCRIPT, "up", "--suite", suite, "--hosts", "2"], capture_output=True, text=True, check=False, timeout=UP_S
     )
