@@ -19,6 +19,7 @@ from agent.journal import Incomings
 from agent.managers import Managers
 from agent.neighbours import Neighbours
 from agent.network import hold_name, host_end
+from agent.peers import why_silent
 from agent.restore import HeldRestore
 from agent.restorer import Orders
 from agent.rootfs import User
@@ -357,12 +358,12 @@ class ArrivingHost:
         self._here = here
         self._incomings = incomings
 
-    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+    def examine(self, source: str, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         """Read-only."""
         admission.check_container(self._managers.config, request.container, request.spec)
         return peer_pb2.ExamineResponse(
             host=self._here.host,
-            objections=self._objections(request),
+            objections=[*self._objections(request), *self._deafness(source)],
             kernel=self._here.kernel,
             criu_version=self._here.criu_version,
             features=FEATURES,
@@ -372,6 +373,12 @@ class ArrivingHost:
     def _objections(self, request: peer_pb2.ExamineRequest) -> Iterator[peer_pb2.Objection]:
         flags = frozenset(self._here.cpu_flags)
         return examination.objections(self._managers, request, flags, self._here.criu_version)
+
+    def _deafness(self, source: str) -> Iterator[peer_pb2.Objection]:
+        """It is asked what it has decided if a link breaks, and for memory that was left behind."""
+        if why := why_silent(self._managers.config, source):
+            message = f"{self._here.host} cannot ask {source} back, as it may have to: {why}"
+            yield peer_pb2.Objection(reason="SOURCE_UNREACHABLE", message=message)
 
     def check(self, request: peer_pb2.PrepareRequest) -> None:
         """Read-only; the container must not be in the way of another one either, whoever has asked before."""

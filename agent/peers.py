@@ -13,7 +13,7 @@ import structlog
 
 from agent.config import Config
 from migrator import channel, status, wire
-from migrator.errors import NotFound, Unreachable
+from migrator.errors import MigratorError, NotFound, Unreachable
 from migrator.handover import Incoming, Outgoing
 from migrator.network import Neighbour
 from migrator.numbered import Outbound
@@ -22,6 +22,8 @@ from migrator.v1 import peer_pb2, peer_pb2_grpc
 QUICK_S = 10.0
 # A source that has something to say says it at once.
 ASK_S = 2.0
+# Nothing waits for it yet; less than `examine` is waited for.
+PROBE_S = 5.0
 # How often a waiting call looks whether it is still wanted.
 CHECK_S = 0.02
 # Preparing makes volumes and starts runc; restoring reads all images.
@@ -301,17 +303,26 @@ class PulledMemory:
         self._channel.close()
 
 
-def ask_source(config: Config, record: Incoming) -> peer_pb2.Decision:
+def ask_source(config: Config, record: Incoming, timeout_s: float = ASK_S) -> peer_pb2.Decision:
     """What the source of an arrival has decided. Raises Unreachable if it does not answer."""
     request = peer_pb2.GetDecisionRequest(migration=record.migration, epoch=record.epoch)
     with open_channel(config, record.source) as connection:
         try:
             answer: peer_pb2.GetDecisionResponse = peer_pb2_grpc.PeerServiceStub(connection).GetDecision(
-                request, timeout=ASK_S
+                request, timeout=timeout_s
             )
         except grpc.RpcError as error:
             raise status.from_rpc(error, record.source) from error
     return answer.decision
+
+
+def why_silent(config: Config, source: str) -> str:
+    """Why a source cannot be asked from here, by a question about no migration at all; empty if it can."""
+    try:
+        ask_source(config, Incoming(migration="", container="", source=source, epoch=0), PROBE_S)
+    except MigratorError as error:
+        return "" if error.reason == "MIGRATION_NOT_FOUND" else str(error)
+    return ""
 
 
 def open_channel(config: Config, host: str, *, urgent: bool = False) -> grpc.Channel:

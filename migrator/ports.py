@@ -214,7 +214,8 @@ class Reservation(Protocol):
 class ArrivalHost(Protocol):
     """The host that a container comes to."""
 
-    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse: ...
+    def examine(self, source: str, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+        """What speaks against a container of the host `source`, and what this one can do."""
 
     def check(self, request: peer_pb2.PrepareRequest) -> None:
         """Raise a MigratorError for a container that cannot come here. Changes nothing."""

@@ -36,8 +36,7 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         self._migrations = migrations
 
     def Examine(self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext) -> peer_pb2.ExamineResponse:
-        self._peer(context)
-        return self._host.examine(request)
+        return self._host.examine(self._peer(context), request)
 
     def Queue(self, request: peer_pb2.QueueRequest, context: grpc.ServicerContext) -> peer_pb2.QueueResponse:
         return peer_pb2.QueueResponse(position=self._arrivals.queue(self._peer(context), request))

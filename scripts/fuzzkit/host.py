@@ -127,7 +127,7 @@ class FolderHost:
         self._keeper = keeper
         self._incomings = incomings
 
-    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+    def examine(self, source: str, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         admission.check_container(self._config, request.container, request.spec)
         return peer_pb2.ExamineResponse(
             host=self._config.host, features=FEATURES, last_epoch=self._incomings.last_epoch(request.container)

@@ -104,7 +104,7 @@ class ArrivalHost(FakeArrivalHost):
         super().__init__(host.folder / "arrivals", host.world, host.calls)
         self._host = host
 
-    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+    def examine(self, source: str, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         last = self._host.incomings.last_epoch(request.container)
         return peer_pb2.ExamineResponse(host=self._host.name, last_epoch=last, features=FEATURES)
 

@@ -579,7 +579,7 @@ class FakeArrivalHost:
         self.reservations: dict[str, FakeReservation] = {}
         self.features: Sequence[str] = FEATURES
 
-    def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
+    def examine(self, source: str, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         return peer_pb2.ExamineResponse(host="b", last_epoch=3, features=self.features)
 
     def check(self, request: peer_pb2.PrepareRequest) -> None:
@@ -642,7 +642,7 @@ class LoopbackPeer:
 
     def examine(self, request: peer_pb2.ExamineRequest) -> peer_pb2.ExamineResponse:
         with self._wire("examine"):
-            return self._arrival_host.examine(request)
+            return self._arrival_host.examine(self._source, request)
 
     def queue(self, migration: str, waited_s: float, *, leave: bool = False) -> int:
         with self._wire("queue"):

@@ -20,6 +20,7 @@ PROGRAMS = CHECKOUT / "tests/lab/programs"
 CLIENT = ("python3", str(CHECKOUT / "scripts/labkit/client.py"))
 HOSTS = ("host-a", "host-b")
 COMMAND_TIMEOUT_S = 120.0
+CONFIGURATION = "/etc/migrator/config.toml"
 
 # Images, by their names: a Debian with these packages.
 SUITE = "bookworm"
@@ -101,6 +102,25 @@ class Lab:
         told = _run([self.script, "status", "-o", "json"], None, 30.0 * self.slower)
         hosts: list[dict[str, Any]] = json.loads(told.stdout)["hosts"]
         return hosts
+
+    @contextmanager
+    def configured(self, host: str, change: Callable[[str], str]) -> Iterator[None]:
+        """With an agent whose configuration is what `change` makes of it, for the length of a block."""
+        before = self.ok(host, "cat", CONFIGURATION)
+        self._configure(host, change(before))
+        try:
+            yield
+        finally:
+            self._configure(host, before)
+
+    def _configure(self, host: str, text: str) -> None:
+        self.ok(host, "tee", CONFIGURATION, stdin=text)
+        self.restart_agent(host)
+
+    def restart_agent(self, host: str) -> None:
+        """Returns when it is ready."""
+        self.lab("kill", host)
+        self.lab("start", host)
 
     # -- containers -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from labkit.hosts import STATE
 from tests.lab.lab_kit import Lab, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]
@@ -20,17 +19,8 @@ SLOWLY = ("--bandwidth", "20MiB/s")
 @pytest.fixture
 def narrow(lab: Lab) -> Iterator[Lab]:
     """The second host takes one container at once."""
-    file = STATE / "host-b/etc/config.toml"
-    before = file.read_text()
-
-    def configure(text: str) -> None:
-        lab.lab("kill", "host-b")
-        file.write_text(text)
-        lab.lab("start", "host-b")
-
-    configure(f"max_arrivals = 1\n{before}")
-    yield lab
-    configure(before)
+    with lab.configured("host-b", lambda text: f"max_arrivals = 1\n{text}"):
+        yield lab
 
 
 def migrations(lab: Lab) -> dict[str, dict[str, Any]]:

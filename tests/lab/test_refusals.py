@@ -149,6 +149,14 @@ def test_open_exec_session(running: Lab) -> None:
     assert (code, report["outcome"]) == (0, "checked")
 
 
+def test_the_destination_cannot_ask_back(running: Lab) -> None:
+    """It looks for host-a where nobody is, and could not find out what became of a migration."""
+    with running.configured("host-b", lambda text: text.replace('host-a = "10.77.1.1:', 'host-a = "10.77.1.9:')):
+        code, reason, message = refused(running, "ct", "host-b")
+    assert (code, reason) == (3, "SOURCE_UNREACHABLE")
+    assert "host-b cannot ask host-a back" in message
+
+
 def test_check_only_changes_nothing(running: Lab) -> None:
     """On neither host, down to the last mount."""
     before = {host: present(host) for host in HOSTS}

@@ -1,5 +1,7 @@
 """Containers move between machines with kernels of their own, under a client on a third."""
 
+from functools import partial
+
 import pytest
 
 from tests.lab.lab_kit import CLIENT
@@ -33,12 +35,17 @@ def test_every_tracker(machines: Machines) -> None:
     machines.client_ok(*CLIENT, "fill", OTHER, "6379", str(KEYS))
     where = [A, B]
     for method in trackers(machines):
-        with machines.configured("memory_tracker", method), machines.counting(OTHER) as report:
+        chosen = partial(tracked_by, method)
+        with machines.configured(A, chosen), machines.configured(B, chosen), machines.counting(OTHER) as report:
             moved = machines.migrate("ct102", *where)
         assert any(note.startswith(f"memory is tracked by {method}:") for note in moved["notes"]), moved["notes"]
         assert report["same_connection"] and not report["wrong"], report
         assert machines.client_ok(*CLIENT, "check", OTHER, "6379", str(KEYS)).strip() == str(KEYS)
         where.reverse()
+
+
+def tracked_by(method: str, configuration: str) -> str:
+    return configuration.replace('memory_tracker = ""', f'memory_tracker = "{method}"')
 
 
 def trackers(machines: Machines) -> set[str]:

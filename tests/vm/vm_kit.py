@@ -2,11 +2,9 @@
 
 import json
 import os
-import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ UP_S = 2400
 MOVES_TRIED = 4
 FAULTS = "/run/faults"
 DROP_IN = "/etc/systemd/system/migrator-agent.service.d"
-CONFIGURATION = "/etc/migrator/config.toml"
 # As on this machine, from where new machines have them.
 TEMPLATES = Path("/var/cache/migrator")
 SETTLE_S = 30.0
@@ -98,30 +95,18 @@ class Machines(Lab):
             self.ok(host, "sh", "-ec", f"rm -rf {DROP_IN} {FAULTS}*; systemctl daemon-reload")
         self.restart_agents()
 
-    @contextmanager
-    def configured(self, key: str, value: str, hosts: Sequence[str] = HOSTS) -> Iterator[None]:
-        """With that in the agents' configuration, as text in quotes, for the length of a block."""
-        kept = {host: self.ok(host, "cat", CONFIGURATION) for host in hosts}
-        for host, text in kept.items():
-            changed, count = re.subn(rf"^{key} = .*$", f'{key} = "{value}"', text, flags=re.MULTILINE)
-            assert count == 1, f"{CONFIGURATION} of {host} has {count} lines for {key}"
-            self.ok(host, "tee", CONFIGURATION, stdin=changed)
-        self.restart_agents()
-        try:
-            yield
-        finally:
-            for host, text in kept.items():
-                self.ok(host, "tee", CONFIGURATION, stdin=text)
-            self.restart_agents()
-
     def release(self, host: str) -> str:
         """Its suite of Debian."""
         return self.ok(host, "sh", "-c", ". /etc/os-release; echo $VERSION_CODENAME").strip()
 
+    def restart_agent(self, host: str) -> None:
+        """Returns when it is ready."""
+        self.ok(host, "systemctl", "restart", "migrator-agent")
+
     def restart_agents(self) -> None:
         """Of both hosts, side by side."""
         with ThreadPoolExecutor(len(HOSTS)) as pool:
-            list(pool.map(lambda host: self.ok(host, "systemctl", "restart", "migrator-agent"), HOSTS))
+            list(pool.map(self.restart_agent, HOSTS))
 
     def ask(self, host: str, point: str, action: str) -> None:
         """Have something go wrong there; `allow_faults` was called. A boot forgets it."""
