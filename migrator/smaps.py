@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import structlog
@@ -23,16 +23,18 @@ from migrator.memory.own import address_of
 FOLDER = "MIGRATOR_SMAPS"
 """In CRIU's environment: where it finds a file for each process, by pid."""
 
-# Bits of vm_flags in linux/mm.h, which have been these since Linux 4.14, with their names in smaps.
+# Bits of vm_flags in linux/mm.h, which have been these since Linux 4.14, the last since 6.11, with their names in smaps.
 _NAMES = {
     0: "rd", 1: "wr", 2: "ex", 3: "sh", 4: "mr", 5: "mw", 6: "me", 7: "ms", 8: "gd", 9: "um", 10: "pf", 12: "uw",
     13: "lo", 14: "io", 15: "sr", 16: "rr", 17: "dc", 18: "de", 20: "ac", 21: "nr", 22: "ht", 23: "sf", 25: "wf",
-    26: "dd", 27: "sd", 28: "mm", 29: "hg", 30: "nh", 31: "mg",
+    26: "dd", 27: "sd", 28: "mm", 29: "hg", 30: "nh", 31: "mg", 40: "dp",
 }  # fmt: skip
 _KNOWN = sum(1 << bit for bit in _NAMES)
 # The kernel's own, at an address of its own: in maps, and no part of the process' memory.
 _VSYSCALL, _EXECUTABLE = b"[vsyscall]", 1 << 2
 _MAPPING = struct.Struct("=QQQ")
+# MAP_DROPPABLE (linux/mman.h): glibc 2.41 has such a mapping for its random numbers.
+_DROPPABLE = mmap.MAP_ANONYMOUS | 0x08
 _PRIVATE, _NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0x4000
 _KINDS = [
     (mmap.MAP_SHARED, None),
@@ -101,6 +103,8 @@ class Smaps:
     def _try(self) -> None:
         """On this process, with mappings of many kinds. Its threads may change others meanwhile."""
         with ExitStack() as stack:
+            with suppress(OSError):  # before Linux 6.11
+                stack.enter_context(mmap.mmap(-1, mmap.PAGESIZE, _DROPPABLE))
             for how, advice in _KINDS:
                 made = stack.enter_context(mmap.mmap(-1, mmap.PAGESIZE, how))
                 if advice is not None:

@@ -30,6 +30,10 @@ for advice in (None, 1, 2, 10, 14, 15, 16, 18):  # of linux/mman.h
     made(advice=advice, length=7 * {MIB})
 made(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
 made(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+try:
+    made(mmap.MAP_ANONYMOUS | 0x08)  # MAP_DROPPABLE
+except OSError:
+    pass  # before Linux 6.11
 file = open(sys.executable, "rb")
 kept += [mmap.mmap(file.fileno(), {MIB}, prot=mmap.PROT_READ, flags=how) for how in (1, 2)]
 # Of all that may end a line the kernel escapes \\n alone.

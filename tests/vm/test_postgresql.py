@@ -81,7 +81,7 @@ def test_power_cut(database: Machines, tmp_path: Path, cut: str, host: str, poin
         machines.power_cut(cut)
     machines.boot(cut)
     machines.forget(host)
-    machines.await_alone(NAME, ends_at)
+    machines.await_alone(NAME, [ends_at])
     ready = ("pg_isready", "-q", "-h", ADDRESS)
     eventually("it is ready", lambda: machines.client(*ready).returncode == 0, SETTLE_S * machines.slower)
     promised = set(promises.read_text().split())

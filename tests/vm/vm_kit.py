@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,14 +138,17 @@ class Machines(Lab):
                 return
         raise AssertionError(f"no migration has come to {point}")
 
-    def await_alone(self, container: str, where: str) -> None:
-        """Wait until it runs there, with nothing under way."""
+    def await_alone(self, container: str, hosts: Sequence[str]) -> str:
+        """Wait until it runs at one of these alone, with nothing under way; returns which."""
+        found: list[tuple[str, str, str | None]] = []
 
-        def there_alone() -> bool:
+        def is_alone() -> bool:
             rows = [(host, self.ps(host).get(container)) for host in HOSTS]
-            return [(host, row["state"], row["migration"]) for host, row in rows if row] == [(where, "running", None)]
+            found[:] = [(host, row["state"], row["migration"]) for host, row in rows if row]
+            return found in [[(host, "running", None)] for host in hosts]
 
-        eventually(f"{container} runs at {where} alone", there_alone, SETTLE_S * self.slower)
+        eventually(f"{container} runs alone at {' or '.join(hosts)}", is_alone, SETTLE_S * self.slower)
+        return found[0][0]
 
     def await_agent(self, host: str) -> None:
         """Wait until the agent's service has said that it is ready."""
