@@ -23,7 +23,7 @@ from migrator.memory.own import address_of
 FOLDER = "MIGRATOR_SMAPS"
 """In CRIU's environment: where it finds a file for each process, by pid."""
 
-# Bits of vm_flags in linux/mm.h, which have been these since Linux 4.14, the last since 6.11, with their names in smaps.
+# Bits of vm_flags in linux/mm.h with their names in smaps: these since Linux 4.14, the last since 6.11.
 _NAMES = {
     0: "rd", 1: "wr", 2: "ex", 3: "sh", 4: "mr", 5: "mw", 6: "me", 7: "ms", 8: "gd", 9: "um", 10: "pf", 12: "uw",
     13: "lo", 14: "io", 15: "sr", 16: "rr", 17: "dc", 18: "de", 20: "ac", 21: "nr", 22: "ht", 23: "sf", 25: "wf",

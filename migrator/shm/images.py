@@ -5,18 +5,18 @@ each open file of a memfd gets an inode entry of its own in the images, with a n
 object behind it is the one in the store, with all that was sent. Shared anonymous memory is a memfd in the images.
 
 CRIU makes System V memory itself, and reads its contents from images; so it does for memfds in odd cases (open for
-writing only, or with flags, or mapped both for reading only and for writing). For these the pages are copied here.
+writing only, or with flags). For these the pages are copied here.
 """
 
 import fcntl
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycriu.images import fdinfo_pb2, ipc_shm_pb2, memfd_pb2, mm_pb2, pagemap_pb2
+from pycriu.images import fdinfo_pb2, fown_pb2, ipc_shm_pb2, memfd_pb2, mm_pb2, pagemap_pb2
 
 from blockdev import extents
 from blockdev.extents import Range
@@ -28,6 +28,7 @@ from migrator.shm.store import SharedStore
 _FIRST_INHERITED = 10
 _VMA_MEMFD = 1 << 14
 _PRESENT = 4
+_NOBODY = fown_pb2.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
 _O_LARGEFILE = 0o100000
 _PIECE_BYTES = 1 << 20
 # Of one entry of a pagemap, which CRIU counts in an int.
@@ -99,19 +100,23 @@ def _amend_memfds(images: Path, store: SharedStore) -> Amended:
     inherited: list[Inherited] = []
     seals: list[Seals] = []
     inodes = _read_inodes(images / "memfd.img")
-    stored = {}
-    for inode in inodes:
-        descriptor = store.memfd(inode.shmid)
-        if descriptor is not None and not _has_pages(images, inode.shmid):
-            stored[inode.inode_id] = descriptor
-    if not stored:
+    known = {inode.inode_id: store.memfd(inode.shmid) for inode in inodes if not _has_pages(images, inode.shmid)}
+    if not any(known.values()):
         return Amended(inherited, seals)
     header, files = _read_files(images / "files.img")
-    by_inode: dict[int, list[fdinfo_pb2.file_entry]] = defaultdict(list)
-    for file in files:
-        if file.type == fdinfo_pb2.MEMFD:
-            by_inode[file.memfd.inode_id].append(file)
-    mapped = _mapped(images)
+    opened = _by_inode(files)
+    stored: dict[int, int] = {}
+    for inode in inodes:
+        descriptor = known.get(inode.inode_id)
+        if descriptor is None:
+            continue
+        if all(_is_plain(file.memfd) for file in opened[inode.inode_id]):
+            stored[inode.inode_id] = descriptor
+        else:
+            os.ftruncate(descriptor, inode.size)
+            _write_pages(images, inode.shmid, descriptor)
+    files += _split_mapped(images, files, stored)
+    opened = _by_inode(files)
     next_id = max(inode.inode_id for inode in inodes) + 1
     token = secrets.token_hex(8)
     amended = []
@@ -120,24 +125,17 @@ def _amend_memfds(images: Path, store: SharedStore) -> Amended:
         if descriptor is None:
             amended.append(inode)
             continue
-        own = by_inode[inode.inode_id]
-        if not all(_is_plain(file.memfd, mapped.get(file.id)) for file in own):
-            os.ftruncate(descriptor, inode.size)
-            _write_pages(images, inode.shmid, descriptor)
-            amended.append(inode)
-            continue
         _dress(descriptor, inode)
         if inode.seals:
             seals.append(Seals(descriptor, inode.seals))
-        for file in own:
+        for file in opened[inode.inode_id]:
             clone = memfd_pb2.memfd_inode_entry()
             clone.CopyFrom(inode)
             clone.inode_id, clone.name = next_id, f"migrator-{token}-{next_id}"
             file.memfd.inode_id = next_id
             amended.append(clone)
-            modes = mapped.get(file.id) or {file.memfd.flags & os.O_ACCMODE}
-            position = 0 if file.id in mapped else file.memfd.pos
-            inherited.append(Inherited(f"/memfd:{clone.name}", descriptor, os.O_RDWR in modes, position))
+            is_writable = file.memfd.flags & os.O_ACCMODE == os.O_RDWR
+            inherited.append(Inherited(f"/memfd:{clone.name}", descriptor, is_writable, file.memfd.pos))
             next_id += 1
     _write(images / "files.img", header, [file.SerializeToString() for file in files])
     head = read(images / "memfd.img")[:HEADER_BYTES]
@@ -145,10 +143,46 @@ def _amend_memfds(images: Path, store: SharedStore) -> Amended:
     return Amended(inherited, seals)
 
 
-def _is_plain(file: memfd_pb2.memfd_file_entry, modes: set[int] | None) -> bool:
+def _by_inode(files: list[fdinfo_pb2.file_entry]) -> Mapping[int, list[fdinfo_pb2.file_entry]]:
+    """The open files of memfds."""
+    found = defaultdict(list)
+    for file in files:
+        if file.type == fdinfo_pb2.MEMFD:
+            found[file.memfd.inode_id].append(file)
+    return found
+
+
+def _split_mapped(
+    images: Path, files: list[fdinfo_pb2.file_entry], stored: Container[int]
+) -> list[fdinfo_pb2.file_entry]:
+    """Have the mappings be of open files of their own, one for each access mode, and return these.
+
+    CRIU takes for a mapping any open file of the same memfd that it has met before, that of a descriptor with another
+    mode and a position, too (criu/file-ids.c, 4.2), which it opens itself as the mapping needs it.
+    """
+    inodes = {file.id: file.memfd.inode_id for file in files if file.type == fdinfo_pb2.MEMFD}
+    made: dict[tuple[int, int], fdinfo_pb2.file_entry] = {}
+    next_id = max(file.id for file in files) + 1
+    for path in images.glob("mm-*.img"):
+        content = read(path)
+        spaces = [mm_pb2.mm_entry.FromString(message) for message in entries(content)]
+        memfds = [vma for space in spaces for vma in space.vmas if vma.status & _VMA_MEMFD]
+        memfds = [vma for vma in memfds if inodes.get(vma.shmid) in stored]
+        for vma in memfds:
+            kind = inodes[vma.shmid], vma.fdflags & os.O_ACCMODE
+            if kind not in made:
+                inode, flags = kind
+                file = memfd_pb2.memfd_file_entry(id=next_id, flags=flags, pos=0, fown=_NOBODY, inode_id=inode)
+                made[kind] = fdinfo_pb2.file_entry(type=fdinfo_pb2.MEMFD, id=next_id, memfd=file)
+                next_id += 1
+            vma.shmid = made[kind].id
+        if memfds:
+            _write(path, content[:HEADER_BYTES], [space.SerializeToString() for space in spaces])
+    return list(made.values())
+
+
+def _is_plain(file: memfd_pb2.memfd_file_entry) -> bool:
     """Whether a descriptor that was only opened is all there is to it."""
-    if modes is not None:
-        return len(modes) == 1 and os.O_WRONLY not in modes
     return file.flags & ~_O_LARGEFILE in (os.O_RDONLY, os.O_RDWR) and not file.fown.pid
 
 
@@ -157,17 +191,6 @@ def _dress(descriptor: int, inode: memfd_pb2.memfd_inode_entry) -> None:
     os.fchown(descriptor, inode.uid, inode.gid)
     if inode.HasField("mode"):
         os.fchmod(descriptor, inode.mode & 0o7777)
-
-
-def _mapped(images: Path) -> dict[int, set[int]]:
-    """The ids of files that mappings of memfds are of, with the access modes of these."""
-    found: dict[int, set[int]] = defaultdict(set)
-    for path in images.glob("mm-*.img"):
-        for message in entries(read(path)):
-            for vma in mm_pb2.mm_entry.FromString(message).vmas:
-                if vma.status & _VMA_MEMFD:
-                    found[vma.shmid].add(vma.fdflags & os.O_ACCMODE)
-    return found
 
 
 def _read_inodes(path: Path) -> list[memfd_pb2.memfd_inode_entry]:

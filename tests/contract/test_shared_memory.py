@@ -33,11 +33,13 @@ pytestmark = pytest.mark.root
 PROGRAMS = Path(__file__).parents[1] / "lab/programs"
 # Answers into a file when there is a question: it must have no pipe to a process that is not dumped.
 DRIVER = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import workload
 folder, facts = Path(sys.argv[2]), workload.pool(12)
+if sys.argv[3:] and os.fork() == 0:
+    time.sleep(1000)
 while True:
     if (folder / "ask").exists():
         (folder / "ask").unlink()
@@ -48,11 +50,12 @@ while True:
 
 
 class Pool:
-    """The workload `pool`, in a namespace of its own for System V memory."""
+    """The workload `pool`, in a namespace of its own for System V memory; a child that stays has all of it, too."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_child: bool) -> None:
         self.folder = folder
         command = ["unshare", "--ipc", "setsid", sys.executable, "-c", DRIVER, str(PROGRAMS), str(folder)]
+        command += ["child"] * has_child
         nothing = subprocess.DEVNULL
         self.running = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, cwd="/")
         self.pid = self.running.pid
@@ -70,13 +73,12 @@ class Pool:
         return tree(self.pid)
 
     def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-        # Its children end by themselves.
-        eventually("it stops", lambda: [_state(pid) for pid in self.pids()] in (["T"], ["T", "Z"]))
+        os.killpg(self.pid, signal.SIGSTOP)
+        eventually("it stops", lambda: all(_state(pid) in "TZ" for pid in self.pids()))
 
     def close(self) -> None:
         left = self.pids()
-        os.kill(self.pid, signal.SIGKILL)
+        os.killpg(self.pid, signal.SIGKILL)
         self.running.wait()
         # Others are reaped by whoever takes orphans, as the restored one is.
         eventually("it is gone", lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
@@ -86,12 +88,12 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
+@pytest.fixture(params=[False, True], ids=["alone", "child"])
+def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
     with ExitStack() as stack:
         folder = tmp_path / "pool"
         folder.mkdir()
-        made = stack.enter_context(closing(Pool(folder)))
+        made = stack.enter_context(closing(Pool(folder, has_child=request.param)))
         made.ask()
         yield made
 
@@ -141,7 +143,7 @@ def test_it_is_restored_from_what_was_sent(pool: Pool, tmp_path: Path) -> None:
         )
         assert restored.returncode == 0, last_errors(images / "restore.log")
         amended.seal()
-    os.kill(pool.pid, signal.SIGCONT)
+    os.killpg(pool.pid, signal.SIGCONT)
     after = pool.ask()
     assert after["wrong"] == []
     assert after["same"] == before["same"]
