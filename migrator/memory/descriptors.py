@@ -42,7 +42,7 @@ def look(pid: int, *, direct: bool) -> Open:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(f"process {pid} is gone") from error
     try:
-        for number in os.listdir(handle):  # noqa: PTH208 - by descriptor, which Path cannot
+        for number in _numbers(pid, handle):
             try:
                 target = os.readlink(number, dir_fd=handle)
                 if target.startswith(_MEMFD):
@@ -57,6 +57,13 @@ def look(pid: int, *, direct: bool) -> Open:
     finally:
         os.close(handle)
     return Open(tuple(memfds), frozenset(devices), io_uring)
+
+
+def _numbers(pid: int, folder: int) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - by descriptor, which Path cannot
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessGone(f"process {pid} is gone") from error
 
 
 def wait_drained(devices: Collection[int], seconds: float) -> list[str]:

@@ -61,12 +61,16 @@ def pair_of(folder: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> Abstra
     return make_pair(folder, monkeypatch, case.state, leave_memory=case.pulls)
 
 
+# While it pulls, as often as that takes.
+ASKED_AGAIN = (("peer.decide", 1), ("destination.run", 1))
+
+
 def all_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> list[tuple[str, int]]:
-    """What one migration without a fault calls, in order."""
+    """What every migration without a fault calls, in order."""
     with pair_of(tmp_path / "dry", monkeypatch, case) as pair:
         pair.migrate()
         assert pair.expect_settled(case.state == LIVE)
-        return list(pair.calls.seen)
+        return [call for call in pair.calls.seen if call not in ASKED_AGAIN]
 
 
 @CASES

@@ -60,9 +60,9 @@ def test_a_writer_that_is_too_fast(lab: Lab, program: str) -> None:
     # It is given back all its processor time.
     before = told(lab, A, "writer")[0]
     eventually("it is as fast as before", lambda: told(lab, A, "writer")[0] > before + 50_000, 20)
-    # Stopped for as long as it takes: the pages are mostly zeros, which compress well.
+    # Stopped for as long as it takes, beyond any --max-downtime: the pages are mostly zeros, which compress well.
     report = lab.migrate("writer", A, B, *slowly)
-    assert report["downtime_ms"] > 400
+    assert report["downtime_ms"] > 200
 
 
 def test_a_gigabyte_under_load(lab: Lab) -> None:

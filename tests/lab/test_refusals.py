@@ -175,7 +175,7 @@ def test_timeout_rolls_back(running: Lab) -> None:
             assert (code, report["outcome"]) == (124, "timed_out")
             assert report["where_running"] == "host-a"
             assert report["error"]["reason"] == "DEADLINE_EXCEEDED"
-            assert running.where("ct") == ["host-a"]
+            eventually("it is at host-a alone", lambda: running.where("ct") == ["host-a"])
             assert not there(running)
     assert client["wrong"] == []
     assert client["same_connection"]
