@@ -61,7 +61,7 @@ def look(pid: int, *, direct: bool) -> Open:
 
 def _numbers(pid: int, folder: int) -> list[str]:
     try:
-        return os.listdir(folder)  # noqa: PTH208 - by descriptor, which Path cannot
+        return os.listdir(folder)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(f"process {pid} is gone") from error
 
