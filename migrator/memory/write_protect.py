@@ -19,7 +19,7 @@ from migrator.memory.everything import Everything
 from migrator.memory.mappings import Mapping
 from migrator.memory.own import address_of
 from migrator.memory.pagemap import PAGE_BYTES, Pagemap, Region, Wanted
-from migrator.memory.userfault import agree, register
+from migrator.memory.userfault import agree, register, unregister
 from migrator.memory.watching import MemoryReplaced, Scan, Watch, addresses
 
 # A mapping that is worth a look of its own, which is shorter where no file is mapped.
@@ -93,10 +93,20 @@ class WriteProtectWatch:
                 register(self._descriptor, start, end)
 
     def _new(self, source: Pagemap, area: Mapping, wanted: Wanted) -> list[Region]:
-        """Register a mapping, and all that is populated in it, protected where that is possible."""
+        """Register a mapping, and all that is populated in it, protected where that is possible.
+
+        What mremap(2) joins to a registered mapping takes the registration away from all of it, and leaves the pages
+        marked as protected (Linux 6.18; before 6.13 what it moves, too). Such a page can be written unseen once it has
+        been written without a registration: taking one away, there, takes the marks away.
+        """
         try:
             register(self._descriptor, area.start, area.end)
-            return list(source.scan(area.start, area.end, wanted, protect=True))
+            found = list(source.scan(area.start, area.end, wanted, protect=True))
+            if not all(region.categories & pagemap.WRITTEN for region in found):
+                unregister(self._descriptor, area.start, area.end)
+                register(self._descriptor, area.start, area.end)
+                found = list(source.scan(area.start, area.end, wanted, protect=True))
+            return found
         except OSError as error:
             if error.errno in (errno.ENOMEM, errno.ESRCH):
                 raise MemoryReplaced from error

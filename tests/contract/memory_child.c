@@ -18,6 +18,7 @@
 #define MOST 1024
 #define CHILDREN 3
 #define GUARD_INSTALL 102
+#define HALF 4
 
 enum kind { ANONYMOUS, OF_FILE, SHARED, MEMFD, HUGE, SAME_PLACE, KINDS };
 enum state { UNMAPPED, WRITABLE, CLOSED, GUARD };
@@ -31,6 +32,8 @@ static struct slot {
 } slots[SLOTS];
 static pid_t children[CHILDREN];
 static int next_child;
+static struct slot *joined;
+static char *rest;
 static const char *file;
 static uint64_t seed;
 
@@ -94,7 +97,7 @@ static void grow_stack(unsigned long pages, uint64_t value) {
 static void act(char what, uint64_t a, uint64_t b, uint64_t c, uint64_t d);
 
 static void some(uint64_t new_seed, unsigned long count) {
-    static const char all[] = "mwwwwwwwwuurrppddsbPPPhlgmww";
+    static const char all[] = "mwwwwwwwwuurrppddsbPPPhlgmwwjJ";
     seed = new_seed | 1;
     for (unsigned long i = 0; i < count; i++) {
         uint64_t a = random64(), b = random64(), c = random64(), d = random64();
@@ -172,6 +175,30 @@ static void act(char what, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
     case 'g': /* fails on kernels without it, and in shared memory */
         if (s->pages && s->kind == ANONYMOUS && s->state[first] == WRITABLE)
             if (!madvise(s->at + first * PAGE, PAGE, GUARD_INSTALL)) s->state[first] = GUARD;
+        break;
+    case 'j': { /* a mapping, and the rest of it elsewhere, which nobody has touched yet */
+        char *room = mmap(NULL, 5 * HALF * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+        if (room == MAP_FAILED) die("mmap");
+        if (joined) munmap(rest, HALF * PAGE);
+        unmap(s);
+        s->at = mmap(room + HALF * PAGE, HALF * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
+        rest = mmap(room + 3 * HALF * PAGE, HALF * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
+        s->pages = HALF, s->kind = ANONYMOUS, joined = s;
+        memset(s->state, WRITABLE, HALF);
+        for (i = 0; i < HALF; i++) fill(s->at + i * PAGE, d);
+        break;
+    }
+    case 'J': /* joins them: the kernel makes one mapping of both */
+        if (!joined) return;
+        s = joined, joined = NULL;
+        if (s->at + 2 * HALF * PAGE != rest || s->pages != HALF ||
+            /* fails while only a part of it is registered with a userfaultfd */
+            mremap(rest, HALF * PAGE, HALF * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, s->at + HALF * PAGE) == MAP_FAILED) {
+            munmap(rest, HALF * PAGE);
+            return;
+        }
+        memset(s->state + HALF, WRITABLE, HALF), s->pages = 2 * HALF;
         break;
     case 's':
         grow_stack(b % 64, d);

@@ -90,7 +90,7 @@ def follow(method: str, child_program: Path, mapped_file: Path) -> Iterator[Call
 
 
 number = some.integers(0, 2**32)
-line = some.tuples(some.sampled_from("mmmwwwwwwuurrppddsbPPhlgfkx"), number, number, number, number)
+line = some.tuples(some.sampled_from("mmmwwwwwwuurrppddsbPPhlgfkxjJ"), number, number, number, number)
 step = some.one_of(line, line, line, some.sampled_from([*Moment, Moment.RUNNING]))
 
 
@@ -122,6 +122,20 @@ def test_a_replica_equals_after_rounds_beside_a_busy_tree(follow: Callable[[], F
             followed.round()
         followed.end()
         followed.child.say("w 0 0 0 0")
+
+
+def test_a_mapping_that_another_is_joined_to(follow: Callable[[], Followed]) -> None:
+    """Written before the next look, and again after it."""
+    followed = follow()
+    followed.child.say("j 0 0 0 1")
+    followed.tracker.start()
+    followed.round()
+    followed.child.say("J")
+    for value in range(2, 5):
+        followed.child.say(f"w 0 0 3 {value}")
+        followed.round()
+    followed.child.say("w 0 0 3 5")
+    followed.end()
 
 
 @pytest.mark.parametrize("compared", [True, False])
