@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from agent.assembly import ports
@@ -17,6 +17,14 @@ from migrator.wire import memory_available_bytes
 
 # Beside the container's own bytes: the file systems' and the images' bookkeeping.
 SPARE_BYTES = 64 << 20
+# Of the flags in /proc/cpuinfo, those of instructions that a program may have found. The others are about the kernel,
+# and differ from one version of it to the next (arch/x86/include/asm/cpufeatures.h, Linux 6.18).
+_INSTRUCTIONS = re.compile(
+    r"3dnow\w*|abm|adx|aes|amx_\w+|avx\w*|bmi[12]|cldemote|clflush\w*|clwb|clzero|cmov|cmpccxadd|cx8|cx16|enqcmd|erms"
+    r"|f16c|fma4?|fpu|fsgsbase|fsrm|fxsr|gfni|hle|kl|lahf_lm|lwp|misalignsse|mmx\w*|movbe|movdir\w+|movrs|mwaitx|ospke"
+    r"|pclmulqdq|pni|popcnt|prefetchi|ptwrite|raoint|rdpid|rdpru|rdrand|rdseed|rdtscp|rtm|serialize|sha\w+|sm[34]|sse\w*"
+    r"|ssse3|tbm|tsc|user_shstk|vaes|vpclmulqdq|waitpkg|wbnoinvd|widekl|xgetbv1|xop|xsave|xsavec|xsaveopt"
+)
 
 
 def objections(
@@ -48,9 +56,8 @@ def objections(
             message = f"{bind.source}, a bind mount of {request.container}, does not exist on {host}"
             yield peer_pb2.Objection(reason="BIND_MOUNT_MISSING", message=message)
     yield from _room(managers, request)
-    missing = set(request.cpu_flags) - cpu_flags
-    if missing and request.cpu_flags:
-        message = f"{host}'s processors lack {', '.join(sorted(missing)[:8])}, which the container may be using"
+    if missing := missing_instructions(cpu_flags, request.cpu_flags):
+        message = f"{host}'s processors lack {', '.join(missing[:8])}, which the container may be using"
         yield peer_pb2.Objection(reason="CPU_FLAGS_MISSING", message=message)
     # CRIU reads what older ones have written; only numbers of two places have brought images of another kind.
     if request.memory_bytes and is_older(criu_version, request.criu_version):
@@ -104,6 +111,11 @@ def cpu_flags() -> frozenset[str]:
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
+
+
+def missing_instructions(here: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Of the flags of two processors, those of instructions that only the one there has, in order."""
+    return sorted(flag for flag in set(there) - set(here) if _INSTRUCTIONS.fullmatch(flag))
 
 
 def is_older(here: str, there: str) -> bool:

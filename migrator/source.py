@@ -169,7 +169,8 @@ class Departure:
                 container=container.name,
                 spec=container.spec,
                 kernel=self._here.kernel,
-                cpu_flags=self._here.cpu_flags,
+                # What has no processes has found none of these.
+                cpu_flags=self._here.cpu_flags if self._live else (),
                 criu_version=self._here.criu_version,
                 memory_bytes=container.memory_bytes,
                 disk_bytes=self._planned_bytes,

@@ -25,10 +25,9 @@ def running(machines: Machines) -> Iterator[Machines]:
 
 
 def refused(machines: Machines) -> tuple[int, str]:
-    """Exit code and reason; nothing of it is at the destination."""
+    """Exit code and reason; it is where it was."""
     code, report = machines.try_migrate(NAME, A, B)
     assert report["outcome"] == "refused", report
-    assert not machines.leftovers(B)
     assert machines.where(NAME) == [A]
     return code, report["error"]["reason"]
 
@@ -71,9 +70,11 @@ def test_an_older_criu(running: Machines) -> None:
     running.ok(B, "mv", CRIU, f"{CRIU}.kept")
     try:
         running.ok(B, "sh", "-ec", f"cat >{CRIU}; chmod 755 {CRIU}", stdin="#!/bin/sh\necho Version: 3.17.1\n")
+        running.restart_agent(B)
         assert refused(running) == (3, "CRIU_OLDER")
     finally:
         running.ok(B, "mv", f"{CRIU}.kept", CRIU)
+        running.restart_agent(B)
 
 
 def test_another_file_system(running: Machines) -> None:
@@ -93,7 +94,7 @@ def test_another_file_system(running: Machines) -> None:
 
 
 def test_another_processor(running: Machines) -> None:
-    """One that lacks what the other has: the way there is closed, and the way back is open."""
+    """One that lacks what the other has: the way there is closed for what runs, and the way back is open."""
     running.lab("power-cut", B)
     running.lab("boot", B, "--cpu", "Penryn")
     running.await_agent(B)
