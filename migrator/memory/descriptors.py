@@ -4,6 +4,7 @@ Pages that a read into them has pinned are written without a fault: by direct I/
 that protects such a page while the read is in flight never hears of what the read brings.
 """
 
+import errno
 import os
 import time
 from collections.abc import Collection
@@ -44,7 +45,7 @@ def look(pid: int, *, direct: bool) -> Open:
     try:
         for number in _numbers(pid, handle):
             try:
-                target = os.readlink(number, dir_fd=handle)
+                target = _target(number, handle)
                 if target.startswith(_MEMFD):
                     memfds.append(f"{folder}/{number}")
                 elif target == _IO_URING:
@@ -52,11 +53,20 @@ def look(pid: int, *, direct: bool) -> Open:
                 elif direct and target.startswith("/") and _is_direct(pid, number):
                     status = os.stat(number, dir_fd=handle)
                     devices.add(status.st_rdev or status.st_dev)
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # closed meanwhile
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # closed meanwhile, or the process has just ended
     finally:
         os.close(handle)
     return Open(tuple(memfds), frozenset(devices), io_uring)
+
+
+def _target(number: str, folder: int) -> str:
+    try:
+        return os.readlink(number, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return "/"  # on a path of more than 4 KiB
 
 
 def _numbers(pid: int, folder: int) -> list[str]:

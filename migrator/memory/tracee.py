@@ -120,13 +120,19 @@ class Tracee:
         (area,) = struct.unpack_from("Q", configuration.raw)
         if size < 8 or not area:
             return
-        (descriptor,) = struct.unpack("Q", read_bytes(self.pid, area + _RSEQ_CS_OFFSET, 8))
-        if not descriptor:
+        descriptor = self._words(area + _RSEQ_CS_OFFSET, 1)
+        sequence = self._words(descriptor[0] + 8, 3) if descriptor and descriptor[0] else ()
+        if not sequence:
             return
-        start, length, abort = struct.unpack("8x3Q", read_bytes(self.pid, descriptor, 32))
+        start, length, abort = sequence
         if 0 <= self._machine.position(self._saved) - start < length:
             self._machine.move(self._saved, abort)
             self._used = True
+
+    def _words(self, address: int, count: int) -> tuple[int, ...]:
+        """Empty where nothing is, whatever the program has said of it."""
+        data = read_bytes(self.pid, address, 8 * count)
+        return struct.unpack(f"{count}Q", data) if len(data) == 8 * count else ()
 
     def _dispatch_now(self) -> tuple[int, ...]:
         """Where prctl(PR_SET_SYSCALL_USER_DISPATCH) is on, our calls would be its signal. Zeros where it is off."""

@@ -113,6 +113,8 @@ class WriteProtectWatch:
             # Unmapped meanwhile (EINVAL), of a kind that cannot be protected (EINVAL, EPERM), another's (EBUSY).
             if error.errno not in (errno.EINVAL, errno.EPERM, errno.EBUSY):
                 raise
+            # As new the next time, too: marks may be left on it, and what another protects must not be taken from it.
+            self._looked_at, self._areas = subtract(self._looked_at, [Range(area.start, area.end)]), ()
             return list(source.scan(area.start, area.end, wanted))
 
 

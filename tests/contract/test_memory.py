@@ -1,5 +1,6 @@
 """What every MemoryTracker must do, shown with real processes: a replica made of its reports becomes equal to them."""
 
+import ctypes
 import mmap
 import os
 import random
@@ -14,9 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from memory_kit import Process, Replica, compiled
 
-from migrator.memory import METHODS, MemoryTracker, Moment, make, pagemap, probe
+from blockdev import extents
+from blockdev.extents import Range
+from migrator.memory import METHODS, MemoryTracker, Moment, descriptors, make, mappings, pagemap, probe, userfault
 from migrator.memory.own import address_of
 from migrator.memory.pagemap import PAGE_BYTES
+from migrator.memory.write_protect import WriteProtectWatch
 
 pytestmark = pytest.mark.root
 
@@ -190,3 +194,38 @@ def test_a_look_at_many_regions_is_in_order() -> None:
             with pagemap.Pagemap(os.getpid()) as source:
                 found = list(source.scan(start, start + len(memory), pagemap.ANONYMOUS))
             assert [(region.start - start) // PAGE_BYTES for region in found] == [3 * n for n in range(written)]
+
+
+@pytest.mark.skipif(not pagemap.has_scan(), reason="this kernel has no PAGEMAP_SCAN")
+def test_what_cannot_be_protected_is_told_and_nothing_beside_it() -> None:
+    """A droppable mapping, as glibc 2.41 has one, between two others."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 4]
+    anonymous, droppable, fixed, both = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.MAP_ANONYMOUS | 0x08, 0x10, 3
+    start = libc.mmap(None, 5 * PAGE_BYTES, 0, anonymous, -1, 0)
+    parts = [Range(start + number * PAGE_BYTES, start + (number + 1) * PAGE_BYTES) for number in range(1, 4)]
+    for part, kind in zip(parts, (anonymous, droppable, anonymous), strict=True):
+        if libc.mmap(part.start, PAGE_BYTES, both, kind | fixed, -1, 0) != part.start:
+            pytest.skip("this kernel has no droppable mappings (Linux 6.11)")
+        ctypes.memset(part.start, 1, PAGE_BYTES)
+    descriptor = userfault.create()
+    userfault.agree(descriptor)
+    with closing(WriteProtectWatch(descriptor)) as watch, pagemap.Pagemap(os.getpid()) as source:
+        areas = [area for area in mappings.read(os.getpid()) if parts[0].start <= area.start < parts[-1].end]
+        assert len(areas) == 3
+        for expected in ([Range(parts[0].start, parts[-1].end)], [parts[1]], [parts[1]]):
+            assert extents.merge(watch.scan(source, areas).written) == expected
+        ctypes.memset(parts[0].start, 2, PAGE_BYTES)
+        assert extents.merge(watch.scan(source, areas).written) == [Range(parts[0].start, parts[1].end)]
+    libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(5 * PAGE_BYTES))
+
+
+def test_a_file_on_a_path_that_is_too_long_to_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        Path("x" * 250).mkdir()
+        os.chdir("x" * 250)
+    with Path("file").open("w") as file:
+        monkeypatch.undo()
+        assert descriptors.look(os.getpid(), direct=True).direct_devices == frozenset(), file
+    shutil.rmtree(tmp_path)
