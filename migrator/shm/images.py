@@ -166,8 +166,8 @@ def _split_mapped(
     for path in images.glob("mm-*.img"):
         content = read(path)
         spaces = [mm_pb2.mm_entry.FromString(message) for message in entries(content)]
-        memfds = [vma for space in spaces for vma in space.vmas if vma.status & _VMA_MEMFD]
-        memfds = [vma for vma in memfds if inodes.get(vma.shmid) in stored]
+        vmas = (vma for space in spaces for vma in space.vmas)
+        memfds = [vma for vma in vmas if vma.status & _VMA_MEMFD and inodes.get(vma.shmid) in stored]
         for vma in memfds:
             kind = inodes[vma.shmid], vma.fdflags & os.O_ACCMODE
             if kind not in made:

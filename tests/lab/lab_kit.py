@@ -200,6 +200,10 @@ class Lab:
         self.image(host, "postgresql")
         options = ("--ip", f"{address}/16", "--user", "postgres", *options)
         self.start(host, name, "postgresql", *options, command=["sh", "-c", POSTGRESQL])
+        self.await_postgresql(address)
+
+    def await_postgresql(self, address: str) -> None:
+        """It answers the client."""
         ready = ("pg_isready", "-q", "-h", address)
         eventually("PostgreSQL is ready", lambda: self.client(*ready).returncode == 0, 30 * self.slower)
 

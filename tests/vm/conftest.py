@@ -37,11 +37,9 @@ def machines_session() -> Iterator[Machines]:
 def machines(machines_session: Machines) -> Iterator[Machines]:
     """No container on any machine before and after the test; what a removal leaves behind fails the test."""
     yield machines_session
-    for row in machines_session.status():
-        if row["power"] == "off":
-            machines_session.boot(row["name"])
-        machines_session.lab("heal", row["name"])
+    machines_session.boot_all()
     for host in HOSTS:
+        machines_session.lab("heal", host)
         machines_session.await_agent(host)
         eventually(f"{host} has no work left", lambda h=host: no_work(machines_session, h), 30 * vm_kit.SLOWER)  # type: ignore[misc]
     machines_session.remove_all()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.lab_kit import HOSTS, eventually
-from tests.vm.vm_kit import SETTLE_S, Machines
+from tests.vm.vm_kit import SETTLE_S, Machines, faults_allowed
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
@@ -21,16 +21,10 @@ PROMISE = "INSERT INTO promises DEFAULT VALUES RETURNING number \\watch 0.2\n"
 @pytest.fixture(scope="module")
 def database(machines_session: Machines) -> Iterator[Machines]:
     """Started again whenever it has ended, and agents that stop where they are asked to."""
-    machines = machines_session
-    machines.allow_faults()
-    machines.start_postgresql(A, NAME, ADDRESS, "--disk", "2GiB", "--restart", "always")
-    machines.psql(ADDRESS, "CREATE TABLE promises (number serial PRIMARY KEY)")
-    yield machines
-    for row in machines.status():
-        if row["power"] == "off":
-            machines.boot(row["name"])
-    machines.forbid_faults()
-    machines.remove_all()
+    with faults_allowed(machines_session) as machines:
+        machines.start_postgresql(A, NAME, ADDRESS, "--disk", "2GiB", "--restart", "always")
+        machines.psql(ADDRESS, "CREATE TABLE promises (number serial PRIMARY KEY)")
+        yield machines
 
 
 def test_it_moves_under_load(database: Machines) -> None:
@@ -82,8 +76,7 @@ def test_power_cut(database: Machines, tmp_path: Path, cut: str, host: str, poin
     machines.boot(cut)
     machines.forget(host)
     machines.await_alone(NAME, [ends_at])
-    ready = ("pg_isready", "-q", "-h", ADDRESS)
-    eventually("it is ready", lambda: machines.client(*ready).returncode == 0, SETTLE_S * machines.slower)
+    machines.await_postgresql(ADDRESS)
     promised = set(promises.read_text().split())
     found = set(machines.psql(ADDRESS, "SELECT number FROM promises").split())
     assert promised

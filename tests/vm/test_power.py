@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.lab.lab_kit import CLIENT, HOSTS, eventually
-from tests.vm.vm_kit import SETTLE_S, Machines
+from tests.vm.vm_kit import SETTLE_S, Machines, faults_allowed
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
@@ -18,15 +18,9 @@ DURABLE = ["--appendonly", "yes", "--appendfsync", "always"]
 @pytest.fixture(scope="module")
 def faulty(machines_session: Machines) -> Iterator[Machines]:
     """A Redis that is started again whenever it has ended, and agents that stop where they are asked to."""
-    machines = machines_session
-    machines.allow_faults()
-    machines.start_redis(A, NAME, ADDRESS, "--disk", "1GiB", "--restart", "always", arguments=DURABLE)
-    yield machines
-    for row in machines.status():
-        if row["power"] == "off":
-            machines.boot(row["name"])
-    machines.forbid_faults()
-    machines.remove_all()
+    with faults_allowed(machines_session) as machines:
+        machines.start_redis(A, NAME, ADDRESS, "--disk", "1GiB", "--restart", "always", arguments=DURABLE)
+        yield machines
 
 
 @pytest.mark.parametrize(

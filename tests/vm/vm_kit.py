@@ -3,8 +3,9 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ class Machines(Lab):
         """Returns when it answers and its agent is ready."""
         self.lab("boot", host)
         self.await_agent(host)
+
+    def boot_all(self) -> None:
+        """Those that have no power."""
+        for row in self.status():
+            if row["power"] == "off":
+                self.boot(row["name"])
 
     def reboot(self, host: str) -> None:
         """By systemd, in order; returns when it is up again and its agent is ready."""
@@ -154,6 +161,16 @@ class Machines(Lab):
         """Wait until the agent's service has said that it is ready."""
         active = ("systemctl", "is-active", "--quiet", "migrator-agent")
         eventually(f"{host}'s agent is ready", lambda: self.run(host, *active).returncode == 0, 10 * self.slower)
+
+
+@contextmanager
+def faults_allowed(machines: Machines) -> Iterator[Machines]:
+    """Agents that do what `ask` asks of them; afterwards all have power, and none has a container."""
+    machines.allow_faults()
+    yield machines
+    machines.boot_all()
+    machines.forbid_faults()
+    machines.remove_all()
 
 
 def up(suite: str) -> None:
