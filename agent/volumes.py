@@ -17,7 +17,7 @@ from agent.disk_images import PLOOP, QCOW2, RAW
 from agent.snapshots import SnapshotKeeper
 from agent.specs import MINIMUM_DISK_BYTES
 from agent.tarball import Cancel
-from blockdev import extents, pool, reflink, resize
+from blockdev import extents, fiemap, pool, reflink, resize
 from blockdev.errors import BlockError
 from blockdev.formats import descriptor, qemu
 from blockdev.formats.disk import LARGEST_BYTES
@@ -134,7 +134,7 @@ class Volumes:
                 return
             size_bytes = clone.stat().st_size
             with clone.open("rb") as file:
-                data_bytes = extents.total(extents.allocated(file.fileno(), size_bytes))
+                data_bytes = extents.total(fiemap.allocated(file.fileno(), size_bytes))
             self._check_room(data_bytes)
             report(f"converting {format_size(data_bytes)} to {kind}")
             if kind == QCOW2:

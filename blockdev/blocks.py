@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from blockdev import extents
+from blockdev import extents, fiemap
 from blockdev.errors import BlockError
 from blockdev.extents import Range
 
@@ -137,7 +137,7 @@ def _plan(ranges: Iterable[Range], piece_bytes: int, image: int | None) -> Itera
             yield from extents.pieces([part], piece_bytes)
             continue
         at, end = part.start, min(part.end, os.fstat(image).st_size)
-        for data in extents.allocated(image, end, at):
+        for data in fiemap.allocated(image, end, at):
             start = data.start // ALIGNMENT * ALIGNMENT
             if at < start:
                 yield Piece(at, start - at, None)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from blockdev import extents
+from blockdev import extents, fiemap
 from blockdev.block_device import BLOCK_BYTES, Device
 from blockdev.blocks import Piece
 from blockdev.digests import DIGEST_BYTES, UNKNOWN, ZEROS, Digests, read_region
@@ -89,7 +89,7 @@ class ComparingTracker:
             image = None if self._image_path is None else opened(self._image_path, 0)
 
             def allocated(within: Range) -> Iterable[Range]:
-                return [within] if image is None else extents.allocated(image, within.end, within.start)
+                return [within] if image is None else fiemap.allocated(image, within.end, within.start)
 
             def look(number: int) -> bytes:
                 within = known.region(number)

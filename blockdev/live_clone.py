@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockdev import extents, filesystem, reflink, thaw_guard
+from blockdev import extents, fiemap, filesystem, reflink, thaw_guard
 from blockdev.extents import Range
 from blockdev.tracker import WriteTracker
 from blockdev.volume import MountedVolume
@@ -90,7 +90,7 @@ class _Copy:
 
     def allocated(self) -> Iterable[Range]:
         """What a first pass has to clone into the empty target."""
-        return extents.allocated(self._source, self._size_bytes)
+        return fiemap.allocated(self._source, self._size_bytes)
 
     def dirty(self) -> Iterable[Range]:
         """What may have been written since it was asked last: all of it if nobody knows."""
@@ -119,7 +119,7 @@ class _Copy:
                 yield part
                 continue
             at = part.start
-            for data in extents.allocated(self._source, part.end, part.start):
+            for data in fiemap.allocated(self._source, part.end, part.start):
                 if at < data.start:
                     yield Range(at, data.start)
                 yield from extents.pieces([data], STEP_BYTES)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from blockdev import blocks, extents, filesystem
+from blockdev import blocks, extents, fiemap, filesystem
 from blockdev.blocks import Piece
 from blockdev.extents import Range
 from blockdev.tracker import WriteTracker
@@ -133,6 +133,6 @@ def allocated(volume: LeavingVolume) -> list[Range]:
     """The parts of the image file that hold data."""
     descriptor = os.open(volume.image, os.O_RDONLY)
     try:
-        return list(extents.allocated(descriptor, volume.size_bytes))
+        return list(fiemap.allocated(descriptor, volume.size_bytes))
     finally:
         os.close(descriptor)

@@ -79,7 +79,7 @@ class SnapshotCopy:
             ours, size_bytes = os.open(image, os.O_RDONLY | os.O_CLOEXEC), image.stat().st_size
             stack.callback(os.close, ours)
             if base < 0:
-                return list(extents.allocated(ours, size_bytes))
+                return list(fiemap.allocated(ours, size_bytes))
             theirs = os.open(self._snapshots[base].images[index], os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, theirs)
             return fiemap.differing(ours, theirs, size_bytes)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
-from blockdev import blocks, extents
+from blockdev import blocks, extents, fiemap
 from blockdev.blocks import Piece
 from blockdev.extents import Range
 from migrator.errors import PeerError
@@ -30,7 +30,7 @@ def digests(descriptor: int, image: int, size_bytes: int, chunk_bytes: int) -> I
     `image` is the image file, which knows its holes; `descriptor` is read.
     """
     digest, chunk = xxhash.xxh3_128(), -1
-    for piece in blocks.read(descriptor, widened(extents.allocated(image, size_bytes), size_bytes)):
+    for piece in blocks.read(descriptor, widened(fiemap.allocated(image, size_bytes), size_bytes)):
         if piece.data is None:
             continue
         for at in range(0, piece.length, BLOCK_BYTES):

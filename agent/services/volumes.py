@@ -11,7 +11,7 @@ from agent.services.work import streamed
 from agent.tarball import Cancel
 from agent.volume_checks import Checked, VolumeChecks
 from agent.volumes import ContainerVolume, ExportedFile, Volumes
-from blockdev import extents
+from blockdev import extents, fiemap
 from migrator.v1 import volume_pb2 as pb
 from migrator.v1 import volume_pb2_grpc
 
@@ -119,7 +119,7 @@ def _sent(exported: ExportedFile) -> Iterator[pb.ExportVolumeResponse]:
     with exported.path.open("rb") as file:
         size_bytes = exported.path.stat().st_size
         yield pb.ExportVolumeResponse(file=pb.ExportedFile(name=exported.name, size_bytes=size_bytes))
-        for piece in extents.pieces(extents.allocated(file.fileno(), size_bytes), PIECE_BYTES):
+        for piece in extents.pieces(fiemap.allocated(file.fileno(), size_bytes), PIECE_BYTES):
             data = os.pread(file.fileno(), piece.length, piece.start)
             if data != _ZEROS[: piece.length]:
                 yield pb.ExportVolumeResponse(piece=pb.ExportedPiece(offset=piece.start, data=data))

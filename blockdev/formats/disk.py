@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from blockdev import extents
+from blockdev import extents, fiemap
 from blockdev.extents import Range
 from blockdev.formats.errors import FormatError
 
@@ -51,7 +51,7 @@ class RawDisk:
         return read_exactly(self.descriptor, offset, length, self._name)
 
     def ranges(self, start: int, end: int) -> Iterator[Range]:
-        return extents.allocated(self.descriptor, min(end, self._size_bytes), start)
+        return fiemap.allocated(self.descriptor, min(end, self._size_bytes), start)
 
 
 def check_size(size_bytes: int, name: str) -> None:

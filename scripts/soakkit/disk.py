@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockdev import blocks, extents, filesystem, loop
+from blockdev import blocks, fiemap, filesystem, loop
 from blockdev.bpf_tracker import BpfTracker
 from blockdev.comparing_tracker import ComparingTracker
 from blockdev.extents import Range
@@ -48,7 +48,7 @@ class Disk:
     def first(self) -> None:
         """Start the tracker, and copy everything."""
         self.tracker.start()
-        self.copy(list(extents.allocated(self.image, self.size_bytes)))
+        self.copy(list(fiemap.allocated(self.image, self.size_bytes)))
 
     def round(self) -> list[Range]:
         """Collect and copy."""

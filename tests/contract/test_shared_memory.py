@@ -15,7 +15,7 @@ import pytest
 from memory_kit import eventually, tree
 
 from agent.runtime import PRIVATE_PROGRAMS, SYSTEM_PATH, find_program
-from blockdev import extents
+from blockdev import fiemap
 from blockdev.blocks import Piece
 from blockdev.extents import Range
 from migrator import memory
@@ -178,7 +178,7 @@ def test_holes_stay_holes_and_numbers_are_used_again() -> None:
         store.write("memfd/5/one", Piece(0, 1 << 29, None))
         descriptor = store.memfd(5)
         assert descriptor is not None
-        assert list(extents.allocated(descriptor, 1 << 31)) == [Range(1 << 30, (1 << 30) + 4096)]
+        assert list(fiemap.allocated(descriptor, 1 << 31)) == [Range(1 << 30, (1 << 30) + 4096)]
         store.write("memfd/5/another", Piece(0, 4096, b"y" * 4096))
         descriptor = store.memfd(5)
         assert descriptor is not None

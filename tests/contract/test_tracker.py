@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev import blocks, extents, filesystem, loop, tracker
+from blockdev import blocks, extents, fiemap, filesystem, loop, tracker
 from blockdev.block_device import BLOCK_BYTES, Statistics
 from blockdev.bpf_program import COMPLETE, ISSUE
 from blockdev.bpf_tracker import BpfTracker
@@ -163,7 +163,7 @@ def test_data_that_goes_between_start_and_first_copy(disks: Disks) -> None:
     disk = disks("gone", MIB, started=False)
     _write(disk, 0, 2 * PAGE)
     disk.tracker.start()
-    data = list(extents.allocated(disk.image, disk.size_bytes))
+    data = list(fiemap.allocated(disk.image, disk.size_bytes))
     _request(disk, BLKDISCARD, 0, PAGE)
     disk.copy(data)
     _request(disk, BLKDISCARD, 0, 2 * PAGE)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockdev import blocks, extents
+from blockdev import blocks, fiemap
 from blockdev.blocks import ALIGNMENT, HOLE_SEARCH_BYTES, ZERO_STEP_BYTES, Piece
 from blockdev.errors import BlockError
 from blockdev.extents import Range
@@ -139,7 +139,7 @@ def test_zeros_become_holes(tmp_path: Path) -> None:
     descriptor = os.open(image, os.O_RDWR)
     try:
         blocks.write(descriptor, Piece(0, SIZE, None), SIZE)
-        assert list(extents.allocated(descriptor, SIZE)) == []
+        assert list(fiemap.allocated(descriptor, SIZE)) == []
     finally:
         os.close(descriptor)
     assert image.stat().st_size == SIZE

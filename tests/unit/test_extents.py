@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdev import extents
+from blockdev import extents, fiemap
 from blockdev.extents import Range
 
 PAGE = 4096
@@ -57,7 +57,7 @@ def test_what_a_sparse_file_holds_is_found(pages: set[int], size: int, start: in
         for page in pages:
             os.pwrite(descriptor, b"x" * PAGE, page * PAGE)
         os.truncate(descriptor, 64 * PAGE)
-        found = list(extents.allocated(descriptor, size, start))
+        found = list(fiemap.allocated(descriptor, size, start))
         assert found == extents.merge(found)
         assert all(start <= part.start and part.end <= size for part in found)
         written = {at // PAGE for at in range(start // PAGE * PAGE, size, PAGE) if at // PAGE in pages}
@@ -69,4 +69,4 @@ def test_what_a_sparse_file_holds_is_found(pages: set[int], size: int, start: in
 def test_a_hole_holds_nothing(tmp_path: Path) -> None:
     with (tmp_path / "hole").open("xb") as file:
         os.truncate(file.fileno(), 1 << 30)
-        assert list(extents.allocated(file.fileno(), 1 << 30)) == []
+        assert list(fiemap.allocated(file.fileno(), 1 << 30)) == []

@@ -20,7 +20,7 @@ def test_a_redis_moves_and_its_client_does_not_notice(machines: Machines) -> Non
     machines.client_ok(*CLIENT, "fill", ADDRESS, "6379", str(KEYS))
     with machines.counting(ADDRESS) as report:
         machines.exec(A, "ct101", "sh", "-c", "head -c 300000 /dev/urandom >/written; sha256sum /written >/sum")
-        moved = machines.migrate("ct101", A, B)
+        moved = machines.migrate("ct101", A, B, "--verify")
     assert report["same_connection"] and not report["wrong"], report
     assert machines.where("ct101") == [B]
     assert machines.client_ok(*CLIENT, "check", ADDRESS, "6379", str(KEYS)).strip() == str(KEYS)
@@ -37,7 +37,7 @@ def test_every_tracker(machines: Machines) -> None:
     for method in trackers(machines):
         chosen = partial(tracked_by, method)
         with machines.configured(A, chosen), machines.configured(B, chosen), machines.counting(OTHER) as report:
-            moved = machines.migrate("ct102", *where)
+            moved = machines.migrate("ct102", *where, "--verify")
         assert any(note.startswith(f"memory is tracked by {method}:") for note in moved["notes"]), moved["notes"]
         assert report["same_connection"] and not report["wrong"], report
         assert machines.client_ok(*CLIENT, "check", OTHER, "6379", str(KEYS)).strip() == str(KEYS)
