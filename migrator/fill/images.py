@@ -147,7 +147,7 @@ class _Pages:
 
     def expect_data(self, start: int, what: str) -> None:
         """Raises ExecutionError if the store has nothing there."""
-        if self._source is None or not list(page_store.data(self._source, start, start + PAGE_BYTES)):
+        if self._source is None or page_store.first_data(self._source, start, start + PAGE_BYTES) is None:
             raise ExecutionError(f"the page store lacks {what}: it has to be sent like other private memory")
 
     def _append(self, source: int | None, at: int, length: int) -> None:

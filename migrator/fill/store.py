@@ -19,20 +19,25 @@ def path_of(store: Path, pid: int) -> Path:
     return store / f"mem-{pid}"
 
 
+def first_data(descriptor: int, start: int, end: int) -> int | None:
+    """Where the first data is between two offsets; None if there is only a hole.
+
+    Not where it ends: to find that the kernel goes through it page by page, 10 ms for each GiB (Linux 6.18).
+    """
+    try:
+        first = os.lseek(descriptor, start, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+    return first if first < end else None
+
+
 def data(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """What is there between two offsets, in order; the rest are holes."""
-    while start < end:
-        try:
-            first = os.lseek(descriptor, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return
-        if first >= end:
-            return
-        last = min(end, os.lseek(descriptor, first, os.SEEK_HOLE))
-        yield first, last
-        start = last
+    while start < end and (first := first_data(descriptor, start, end)) is not None:
+        start = min(end, os.lseek(descriptor, first, os.SEEK_HOLE))
+        yield first, start
 
 
 def give_back(descriptor: int, start: int, end: int) -> None:

@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from migrator.fill import messages, missing, userfault
@@ -28,6 +28,7 @@ _AROUND_BYTES = 64 << 10
 _PATIENCE_S = 10.0
 # As far as marks of missing pages are looked at in one go.
 _AHEAD_BYTES = 64 << 20
+_ZERO_PAGE = bytes(PAGE_BYTES)
 # Without anything to map, nothing tells that a process has ended.
 _IDLE_S = 0.2
 # Of user space: all that a userfaultfd may have waiters in.
@@ -64,8 +65,6 @@ class Worker:
         self._pipes: Pipes | None = None
         self._awaited: set[tuple[int, int]] = set()
         self._starved = False
-        # By owner: where its file has data, at least what is not yet filled of that.
-        self._runs: dict[int, tuple[int, int]] = {}
         self._epoll = select.epoll()
         self._epoll.register(keeper.fileno(), select.EPOLLIN)
         self._postponed: list[tuple[int, int]] = []
@@ -311,33 +310,28 @@ class Worker:
             end = start + (length if first is None else first - source)
             if start == end:
                 return
-        found = self._data(space.owner, source, source + end - start)
-        if found is None:
+        file = self._files[space.owner]
+        first = None if file is None else page_store.first_data(file, source, source + end - start)
+        if first is None:
             space.remove(start, end)
             return
-        if found[0] > source:
-            space.remove(start, start + found[0] - source)
-            start += found[0] - source
-        source = found[0]
-        length = min(found[1] - source, _CHUNK_BYTES)
+        if first > source:
+            space.remove(start, start + first - source)
+            start, source = start + first - source, first
+        length = min(end - start, _CHUNK_BYTES)
         self._read(space.owner, source, length)
-        descriptor = self._descriptors[number]
-        done, outcome = userfault.copy(descriptor, start, self._address, length)
-        while outcome == Outcome.UNMAPPED and length > PAGE_BYTES:
-            # Only within one mapping: one that was split since is found by halving.
-            length = max(PAGE_BYTES, length // 2 & -PAGE_BYTES)
-            done, outcome = userfault.copy(descriptor, start, self._address, length)
-        while outcome == Outcome.PRESENT and done < length:
-            done += PAGE_BYTES
-            if done < length:
-                more, outcome = userfault.copy(descriptor, start + done, self._address + done, length - done)
-                done += more
-        if outcome == Outcome.UNMAPPED and not done:
-            done = PAGE_BYTES
-        if done:
+        descriptor, at, outcome = self._descriptors[number], 0, Outcome.DONE
+        for begin, stop in _with_data(self._buffer[:length]):
+            done, outcome = self._map(descriptor, start + begin, self._address + begin, stop - begin)
+            at = begin + done if done else at
+            if begin + done < stop:
+                break
+        else:
+            at = length
+        if at:
             self._short_since = None
-            space.remove(start, start + done)
-            self._give_back(space.owner, source, source + done)
+            space.remove(start, start + at)
+            self._give_back(space.owner, source, source + at)
         match outcome:
             case Outcome.CHANGING:
                 self._changing = True
@@ -345,6 +339,20 @@ class Worker:
                 self._be_patient()
             case Outcome.GONE:
                 self._close(number)
+
+    def _map(self, descriptor: int, address: int, source: int, length: int) -> tuple[int, Outcome]:
+        """Bytes that need nothing more, and why not all of them."""
+        done, outcome = userfault.copy(descriptor, address, source, length)
+        while outcome == Outcome.UNMAPPED and length > PAGE_BYTES:
+            # Only within one mapping: one that was split since is found by halving.
+            length = max(PAGE_BYTES, length // 2 & -PAGE_BYTES)
+            done, outcome = userfault.copy(descriptor, address, source, length)
+        while outcome == Outcome.PRESENT and done < length:
+            done += PAGE_BYTES
+            if done < length:
+                more, outcome = userfault.copy(descriptor, address + done, source + done, length - done)
+                done += more
+        return PAGE_BYTES if outcome == Outcome.UNMAPPED and not done else done, outcome
 
     def _be_patient(self) -> None:
         """The container's memory limit, or the host's: others may give some back. Raises OSError when it lasts."""
@@ -362,17 +370,6 @@ class Worker:
         read = 0 if file is None else os.preadv(file, [self._buffer[:length]], source)
         if read < length:
             self._buffer[read:length] = bytes(length - read)
-
-    def _data(self, owner: int, start: int, end: int) -> tuple[int, int] | None:
-        """The first run of data in there; the last one is kept, since finding its end takes longer the longer it is."""
-        file = self._files[owner]
-        first, last = self._runs.get(owner, (0, 0))
-        if first <= start < last:
-            return start, min(end, last)
-        found = None if file is None else next(page_store.data(file, start, end), None)
-        if found is not None:
-            self._runs[owner] = found
-        return found
 
     def _give_back(self, owner: int, start: int, end: int) -> None:
         file = self._files.get(owner)
@@ -412,6 +409,24 @@ class Worker:
         for number, descriptor in descriptors.items():
             self._add(number, descriptor, spaces[number])
             userfault.wake(descriptor, _LOWEST, _HIGHEST[os.uname().machine] - _LOWEST)
+
+
+def _with_data(data: memoryview) -> Iterator[tuple[int, int]]:
+    """Where whole pages of it are not all zeros, those in a row together."""
+    firsts = data.cast("Q")[:: PAGE_BYTES // 8].tolist()
+    if all(firsts):
+        yield 0, len(data)
+        return
+    begin = None
+    for number, first in enumerate(firsts):
+        at = number * PAGE_BYTES
+        if first or bytes(data[at : at + PAGE_BYTES]) != _ZERO_PAGE:
+            begin = at if begin is None else begin
+        elif begin is not None:
+            yield begin, at
+            begin = None
+    if begin is not None:
+        yield begin, len(data)
 
 
 def _apply(space: Space, message: Message) -> Space | None:
