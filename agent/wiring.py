@@ -77,8 +77,8 @@ SCHEMAS = (
     room.SCHEMA,
 )
 TEND_INTERVAL_S = 1.0
-# What a move has used is given back soon after it.
-TIDY_INTERVAL_S = 10.0
+# What has passed through is given back while a move goes on, too: a second of it is some 60 MiB.
+TIDY_INTERVAL_S = 1.0
 
 log = structlog.get_logger()
 

@@ -14,7 +14,7 @@ class Everything:
     def __init__(self, *, temporary: bool = False) -> None:
         self.temporary = temporary
 
-    def scan(self, source: Pagemap, areas: Sequence[Mapping]) -> Scan:
+    def scan(self, source: Pagemap, areas: Sequence[Mapping], populated: list[Range] | None = None) -> Scan:
         """See Watch."""
         result = Scan()
         for area in areas:

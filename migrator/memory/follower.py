@@ -59,6 +59,8 @@ class _Followed:
     layout: _Layout = _NO_LAYOUT
     populated: list[Range] = field(default_factory=list)
     may_have_missed: bool = False
+    # Since the last look.
+    stands_still: bool = False
     direct_devices: set[int] = field(default_factory=set)
 
 
@@ -232,10 +234,12 @@ class Follower:
         watch = Everything() if self.needs_pause and moment is Moment.RUNNING else followed.watch
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
         with Pagemap(process.pid, self._regions) as source:
-            layout = followed.layout = _layout(process.pid, followed.layout)
+            known, layout = followed.layout, _layout(process.pid, followed.layout)
             # By path of the mapping as it is now: registering may join it to its neighbour.
             objects = [(area, self._object(process.pid, area, moment)) for area in layout.shared]
-            scan = watch.scan(source, layout.private)
+            stood_still = moment is Moment.LAST and followed.stands_still and layout is known
+            scan = watch.scan(source, layout.private, followed.populated if stood_still else None)
+            followed.layout = layout
             if layout.aio_rings:
                 scan = _join(scan, Everything().scan(source, layout.aio_rings))
             for area, item in objects:
@@ -321,6 +325,7 @@ def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Mom
     scan = found.scan
     gone = extents.subtract(followed.populated, scan.populated)
     followed.populated = scan.populated
+    followed.stands_still = moment in (Moment.STOPPED, Moment.LAST)
     written = scan.written
     if moment is Moment.RUNNING:
         followed.may_have_missed |= found.direct_io

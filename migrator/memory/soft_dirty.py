@@ -24,7 +24,7 @@ class SoftDirtyWatch:
     def __init__(self, pid: int) -> None:
         self._pid, self._cleared = pid, False
 
-    def scan(self, source: Pagemap, areas: Sequence[Mapping]) -> Scan:
+    def scan(self, source: Pagemap, areas: Sequence[Mapping], populated: list[Range] | None = None) -> Scan:
         """See Watch."""
         result = Scan()
         for area in areas:

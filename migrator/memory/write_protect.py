@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blockdev.extents import Range, merge, subtract
+from blockdev.extents import Range, intersect, merge, subtract
 from migrator.errors import MigratorError
 from migrator.memory import injection, machine, pagemap, userfault
 from migrator.memory.everything import Everything
@@ -24,6 +24,8 @@ from migrator.memory.watching import MemoryReplaced, Scan, Watch, addresses
 
 # A mapping that is worth a look of its own, which is shorter where no file is mapped.
 _LARGE_BYTES = 1 << 20
+# Closer to each other than this, two parts are looked at in one go.
+_NEAR_BYTES = 1 << 20
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _YAMA_FORBIDS = 3
 
@@ -40,20 +42,20 @@ class WriteProtectWatch:
         self._areas: Sequence[Mapping] = ()
         self._rows: list[_Row] = []
 
-    def scan(self, source: Pagemap, areas: Sequence[Mapping]) -> Scan:
+    def scan(self, source: Pagemap, areas: Sequence[Mapping], populated: list[Range] | None = None) -> Scan:
         """See Watch."""
         rows = self._rows if areas is self._areas else self._new_rows(areas)
-        found = [self._known(source, row) if row.is_known else None for row in rows]
+        found = [self._known(source, row, populated) if row.is_known else None for row in rows]
         self._register_rows(
-            [area for row, regions in zip(rows, found, strict=True) if regions is None for area in row.areas]
+            [area for row, known in zip(rows, found, strict=True) if known is None for area in row.areas]
         )
         result = Scan()
-        for row, regions in zip(rows, found, strict=True):
-            if regions is None:
+        for row, known in zip(rows, found, strict=True):
+            if known is None:
                 for area in row.areas:
                     result.add(self._new(source, area, row.wanted), all_written=True)
             else:
-                result.add(regions)
+                result.extend(known)
         return result
 
     def _new_rows(self, areas: Sequence[Mapping]) -> list["_Row"]:
@@ -66,7 +68,7 @@ class WriteProtectWatch:
     def scan_shared(self, source: Pagemap, area: Mapping) -> list[Range]:
         """See Watch."""
         try:
-            return addresses(list(source.scan(area.start, area.end, pagemap.SHARED_WRITTEN, protect=True)))
+            return addresses(source.scan(area.start, area.end, pagemap.SHARED_WRITTEN, protect=True))
         except PermissionError:
             return addresses(self._new(source, area, pagemap.SHARED))
 
@@ -77,13 +79,23 @@ class WriteProtectWatch:
         """The kernel takes the protection away."""
         os.close(self._descriptor)
 
-    def _known(self, source: Pagemap, row: "_Row") -> list[Region] | None:
-        """All that is populated in a row of mappings, with what was written told; None if one is not registered. By
-        then others of the row may have been protected anew: what was written in them is not known any more."""
+    def _known(self, source: Pagemap, row: "_Row", populated: list[Range] | None) -> Scan | None:
+        """What is in a row of mappings; None if one is not registered. By then others of the row may have been
+        protected anew: what was written in them is not known any more."""
+        start, end = row.areas[0].start, row.areas[-1].end
+        found = Scan()
+        if populated is not None and row.is_large:
+            # Seven times as fast: only where pages are not protected, or not there, does the kernel look at them.
+            unprotected = source.scan(start, end, pagemap.UNPROTECTED)
+            for part in merge(Range(first, min(last + _NEAR_BYTES, end)) for first, last, _ in unprotected):
+                found.add(source.scan(part.start, part.end, row.wanted))
+            found.populated = merge([*intersect(populated, [Range(start, end)]), *found.populated])
+            return found
         try:
-            return list(source.scan(row.areas[0].start, row.areas[-1].end, row.wanted, protect=True))
+            found.add(source.scan(start, end, row.wanted, protect=True))
         except PermissionError:
             return None
+        return found
 
     def _register_rows(self, areas: Sequence[Mapping]) -> None:
         """Register mappings, adjoining ones together: mremap(2) fails for a row of which only a part is registered,
@@ -150,6 +162,10 @@ class _Row(NamedTuple):
     areas: list[Mapping]
     is_known: bool
     wanted: Wanted
+
+    @property
+    def is_large(self) -> bool:
+        return self.wanted == pagemap.ANONYMOUS
 
 
 def _rows(areas: Sequence[Mapping], unknown: list[Range]) -> Iterator[_Row]:

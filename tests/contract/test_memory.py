@@ -163,6 +163,28 @@ def test_one_that_was_stopped_may_go_on(follow: Callable[[], Followed], compared
         followed.child.say("w 0 0 0 0")
 
 
+def test_what_is_written_to_a_stopped_one(follow: Callable[[], Followed]) -> None:
+    """From outside, as CRIU puts system calls into its code: a page of each mapping, one that is not there included."""
+    followed = follow()
+    for slot in range(3):
+        followed.child.say(f"m {slot} 50 0")
+    followed.tracker.start()
+    followed.round()
+    (pid, *_) = followed.child.pids()
+    followed.child.freeze()
+    followed.replica.apply(followed.tracker.collect(Moment.STOPPED))
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+        for area in mappings.read(pid):
+            if area.is_private and not area.name.startswith("[v"):
+                for at in {area.start, (area.start + area.end) // 2 & -PAGE_BYTES}:
+                    memory.seek(at)
+                    byte = memory.read(1)
+                    memory.seek(at)
+                    memory.write(bytes([byte[0] ^ 1]))
+    followed.replica.apply(followed.tracker.collect(Moment.LAST))
+    assert followed.replica.differences([pid]) == []
+
+
 def test_no_system_call_and_no_signal_is_disturbed(method: str, storm_program: Path) -> None:
     """It is followed from the start again and again, each time with system calls injected; it checks its own."""
     with closing(Process(storm_program, "fork")) as storm:
