@@ -15,6 +15,7 @@ from benchkit.workloads import Workload
 
 # A client's TCP may wait twice as long as the pause before it tries again, and a second more.
 QUIET_S, AFTER_S, AFTER_BUSY_S = 1.0, 2.0, 4.0
+AFTER_GAP_S = 1e-6
 
 # What a move takes of memory: its images at both ends and the restored container, for those who copy it in one piece.
 TOUCHED_BYTES, TOUCHED_PARTS, TOUCHED_LIMIT_BYTES = 512 << 20, 3, 3 << 30
@@ -53,7 +54,7 @@ def one_run(bench: Bench, contender: Contender, workload: Workload) -> Metrics:
         "cpu_s": cpu_s,
         "cpu_s_per_gib": cpu_s / (workload.least_bytes / 2**30),
     }
-    return metrics | {f"phase {name}": length for name, length in moved.phases_ms.items()}
+    return metrics | moved.metrics | {f"phase {name}": length for name, length in moved.phases_ms.items()}
 
 
 def seen(traces: list[Trace], workload: Workload, quiet: Window, move: Window, whole: Window) -> Metrics:
@@ -73,7 +74,9 @@ def seen(traces: list[Trace], workload: Workload, quiet: Window, move: Window, w
         "quiet_gap_ms": first.longest_gap_ms(quiet),
         "answers_end_s": gap.began_s,
         "p99_ms": first.latency_ms(move, 0.99),
-        "quiet_p99_ms": first.latency_ms(quiet, 0.99),
+        "quiet_p999_ms": first.latency_ms(quiet, 0.999),
+        # Without the one that waited for the pause to end.
+        "after_p999_ms": first.latency_ms(Window(gap.ended_s + AFTER_GAP_S, whole.ended_s), 0.999),
     }
     if len(traces) > len(streams):
         metrics["datagram_pause_ms"] = traces[-1].longest_gap_ms(whole)

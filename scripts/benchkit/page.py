@@ -11,7 +11,12 @@ from benchkit.rows import Found
 from benchkit.runner import Outcome
 
 CHECKOUT = f"{Path(__file__).resolve().parents[2]}/"
-METRICS = ("total_ms", "wire_per_byte", "cpu_s_per_gib", "p99_ms", "datagram_pause_ms", "quiet_gap_ms")
+# Of each workload beside its pause: what heads the column, and the metric.
+COLUMNS = {
+    "total ms": "total_ms", "sent per byte": "wire_per_byte", "CPU s/GiB": "cpu_s_per_gib", "p99 ms": "p99_ms",
+    "p99.9 before": "quiet_p999_ms", "p99.9 after": "after_p999_ms", "pause of datagrams": "datagram_pause_ms",
+    "longest gap before": "quiet_gap_ms", "agent MiB": "agent_mib",
+}  # fmt: skip
 ALT = {
     "pauses": "Pauses of all contenders",
     "growth": "Pause over memory that is written at 50 MB/s",
@@ -46,6 +51,8 @@ def write(
         behind(rows),
         *(f"![{ALT.get(path.stem, path.stem)}]({path.relative_to(at.parent)})" for path in charts),
         "## Every workload",
+        "`p99 ms` is of the time to an answer during the move, `p99.9 after` of that from the pause's end on."
+        " `agent MiB` is the peak of the larger of our two agents.",
         everything(results),
         "## What was not run",
         not_run(outcome),
@@ -80,24 +87,11 @@ def everything(results: Results) -> str:
             failed = results.failed(task, name)
             if pause is None and not (failed and OURS in results.contenders(task)):
                 continue
-            metrics = [
-                results.median(task, name, metric)
-                for metric in (
-                    "total_ms",
-                    "wire_per_byte",
-                    "cpu_s_per_gib",
-                    "p99_ms",
-                    "datagram_pause_ms",
-                    "quiet_gap_ms",
-                )
-            ]
+            metrics = [results.median(task, name, metric) for metric in COLUMNS.values()]
             told = [table.number(value) for value in (pause.median, pause.p95, pause.spread)] if pause else ["-"] * 3
             runs = len(results.values(task, name, "pause_ms"))
             lines.append([task, name, *told, *map(table.number, metrics), str(runs), str(failed)])
-    header = [
-        "workload", "who", "pause ms", "p95", "spread", "total ms", "sent per byte", "CPU s/GiB", "p99 ms",
-        "pause of datagrams", "longest gap before", "runs", "failed",
-    ]  # fmt: skip
+    header = ["workload", "who", "pause ms", "p95", "spread", *COLUMNS, "runs", "failed"]
     return table.markdown(header, lines)
 
 

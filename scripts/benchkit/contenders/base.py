@@ -23,9 +23,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a contender tells of a move."""
+    """What a contender tells of a move: its phases, and other metrics."""
 
     phases_ms: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Session(Protocol):
