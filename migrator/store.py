@@ -1,5 +1,6 @@
 """Where what arrives is written: volumes, snapshots, memory, shared memory, CRIU's images and the log."""
 
+import errno
 import os
 import re
 import threading
@@ -72,7 +73,10 @@ class Store:
         try:
             self._write(request)
         except OSError as error:  # a disk that is full, an address beyond what a file can hold
-            raise ExecutionError(f"storing a piece of {wire.shown(request.target)}: {error.strerror}") from error
+            why = error.strerror
+            if error.errno == errno.ENOSPC and request.target.startswith("memory/"):
+                why = "the container has far more memory than when its migration began: try again when it grows no more"
+            raise ExecutionError(f"storing a piece of {wire.shown(request.target)}: {why}") from error
 
     def _write(self, request: peer_pb2.SendRequest) -> None:
         kind, _, name = request.target.partition("/")

@@ -58,8 +58,8 @@ def test_less_memory(running: Machines) -> None:
     running.redis(ADDRESS, "debug", "populate", "200000", "key", "1000")
     running.ok(B, "sh", "-ec", "mkdir /run/full; mount -t tmpfs -o size=90% tmpfs /run/full")
     try:
-        available = int(running.ok(B, "awk", "/^MemAvailable/ {print $2 * 1024}", "/proc/meminfo"))
-        running.ok(B, "fallocate", "-l", str(available - (300 << 20)), "/run/full/file")
+        available_kib = int(running.ok(B, "awk", "/^MemAvailable/ {print $2}", "/proc/meminfo"))
+        running.ok(B, "fallocate", "-l", str((available_kib << 10) - (300 << 20)), "/run/full/file")
         assert refused(running) == (3, "NO_MEMORY")
     finally:
         running.ok(B, "sh", "-c", "umount /run/full; rmdir /run/full")
