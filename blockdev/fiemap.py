@@ -5,8 +5,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from blockdev.extents import Range, merge
@@ -38,26 +37,25 @@ def allocated(descriptor: int, size_bytes: int, start: int = 0) -> Iterator[Rang
     room that was laid out for copies on write reaches over it (seen on Linux 6.1). A file system without extents, as
     tmpfs, is asked by lseek.
     """
-    found = mapped(descriptor, size_bytes, start)
     try:
-        first = next(found, None)
+        yield from _with_data(mapped(descriptor, size_bytes, start))
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
         yield from _sought(descriptor, size_bytes, start)
-        return
-    if first is None:
-        return
-    begin = end = start
-    for extent in chain([first], found):
+
+
+def _with_data(extents: Iterable[Extent]) -> Iterator[Range]:
+    begin = end = 0
+    for extent in extents:
         if extent.is_zero:
             continue
-        if extent.start > end:
-            if end > begin:
+        if extent.start != end:
+            if begin < end:
                 yield Range(begin, end)
             begin = extent.start
         end = extent.end
-    if end > begin:
+    if begin < end:
         yield Range(begin, end)
 
 

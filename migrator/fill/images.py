@@ -9,7 +9,6 @@ This runs while the container is frozen.
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +33,7 @@ _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_LOCKED, _MAP_HUGETLB = 0x2, 0x20, 0x2000, 0x4
 _VSYSCALL, _VDSO, _VVAR, _AIO_RING, _SHADOW_STACK = 1 << 2, 1 << 3, 1 << 12, 1 << 13, 1 << 15
 _OF_THE_KERNEL = _VSYSCALL | _VDSO | _VVAR | _AIO_RING | _SHADOW_STACK
 _PIECE_BYTES = 1 << 20
+_NEAR_BYTES = 64 << 10
 
 
 class _Range(NamedTuple):
@@ -61,6 +61,7 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
     messages = entries(content)
     head = next(messages)
     mappings = _mappings(images, pid)
+    ends = [vma.end for vma in mappings]
     pages = f"{images}/pages-{pagemap_pb2.pagemap_head.FromString(head).pages_id}.img"
     amended = [head]
     with _Pages(pages, store, pid) as output:
@@ -70,7 +71,7 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
                 amended.append(_entry(start, end, _PRESENT))
                 output.keep(end - start)
                 continue
-            for piece in _pieces(mappings, start, end, pid):
+            for piece in _pieces(mappings, ends, start, end, pid):
                 if piece.lazy:
                     amended.append(_entry(piece.start, piece.end, _LAZY))
                 else:
@@ -112,7 +113,8 @@ class _Pages:
             Path(path).unlink()
         self._new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._offset = 0
-        self._waiting: list[bytes] = []
+        self._wanted: list[Range] = []
+        self._waiting: list[bytes | memoryview] = []
 
     def __enter__(self) -> "_Pages":
         return self
@@ -120,6 +122,7 @@ class _Pages:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
+                self._take()
                 self._flush()
         finally:
             for descriptor in (self._old, self._source, self._new):
@@ -133,12 +136,18 @@ class _Pages:
         end = 0 if self._old is None else os.fstat(self._old).st_size
         if self._offset + length > end:
             raise ExecutionError("the images do not fit together: a file of pages is too short")
+        self._take()
         self._append(self._old, self._offset, length)
         self._offset += length
 
     def copy(self, start: int, end: int) -> None:
-        """Append what the store has of a range."""
-        self._append(self._source, start, end - start)
+        """Append what the store has of a range; ranges come in order."""
+        if self._wanted and (start - self._wanted[-1].end > _NEAR_BYTES or end - self._wanted[0].start > _PIECE_BYTES):
+            self._take()
+        if end - start > _PIECE_BYTES:
+            self._append(self._source, start, end - start)
+        else:
+            self._wanted.append(Range(start, end))
 
     def expect_all(self, start: int, end: int) -> None:
         """Raises ExecutionError if anything there is missing: no process can start without."""
@@ -149,6 +158,15 @@ class _Pages:
         """Raises ExecutionError if the store has nothing there."""
         if self._source is None or page_store.first_data(self._source, start, start + PAGE_BYTES) is None:
             raise ExecutionError(f"the page store lacks {what}: it has to be sent like other private memory")
+
+    def _take(self) -> None:
+        """Of ranges near to each other, as one has them of a mapping, each read would take longer than all of it."""
+        if self._wanted:
+            first, last = self._wanted[0].start, self._wanted[-1].end
+            data = b"" if self._source is None else os.pread(self._source, last - first, first)
+            whole = memoryview(data.ljust(last - first, b"\0"))
+            self._waiting += [whole[part.start - first : part.end - first] for part in self._wanted]
+            self._wanted.clear()
 
     def _append(self, source: int | None, at: int, length: int) -> None:
         while length:
@@ -193,9 +211,10 @@ def _entries(messages: Iterator[bytes]) -> Iterator[tuple[pagemap_pb2.pagemap_en
         yield entry, start, start + (entry.nr_pages or entry.compat_nr_pages) * PAGE_BYTES
 
 
-def _pieces(mappings: Sequence[_Range], start: int, end: int, pid: int) -> Iterator[_Range]:
+def _pieces(mappings: Sequence[_Range], ends: Sequence[int], start: int, end: int, pid: int) -> Iterator[_Range]:
     """A range cut where mappings end, and in pieces that CRIU can take."""
-    for vma in islice(mappings, bisect_right(mappings, start, key=_end), None):
+    for number in range(bisect_right(ends, start), len(mappings)):
+        vma = mappings[number]
         if vma.start > start:
             break
         stop = min(end, vma.end)
@@ -206,10 +225,6 @@ def _pieces(mappings: Sequence[_Range], start: int, end: int, pid: int) -> Itera
         if start == end:
             return
     raise ExecutionError(f"the images do not fit together: process {pid} has pages at {start:x} and no mapping there")
-
-
-def _end(vma: _Range) -> int:
-    return vma.end
 
 
 def _entry(start: int, end: int, flags: int) -> bytes:

@@ -4,6 +4,7 @@ Everything goes through `scripts/lab`, as a user would; only `leftovers` looks b
 """
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = str(CHECKOUT / "scripts/lab")
 PROGRAMS = CHECKOUT / "tests/lab/programs"
 CLIENT = ("python3", str(CHECKOUT / "scripts/labkit/client.py"))
-HOSTS = ("host-a", "host-b")
+# A lab may have more, for others.
+HOSTS = tuple(os.environ.get("LAB_HOSTS", "host-a host-b").split())
 COMMAND_TIMEOUT_S = 120.0
 CONFIGURATION = "/etc/migrator/config.toml"
 
@@ -38,7 +40,7 @@ Done = subprocess.CompletedProcess[str]
 
 @dataclass
 class Lab:
-    """Two hosts that are up. Host names are host-a and host-b."""
+    """Two hosts that are up: HOSTS."""
 
     script: str = SCRIPT
     # Hosts that are emulated are slower in everything.

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 
-from tests.lab.lab_kit import CLIENT
+from tests.lab.lab_kit import CLIENT, HOSTS
 from tests.vm.vm_kit import Machines
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
-A, B = "host-a", "host-b"
+A, B = HOSTS
 ADDRESS, OTHER = "10.77.2.101", "10.77.2.102"
 KEYS = 5000
 
