@@ -1,12 +1,12 @@
 """Files between this machine and an agent, in pieces and without their holes."""
 
-import errno
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from blockdev import fiemap
 from migrator.errors import AlreadyExists, InvalidArgument, PeerError
 
 PIECE_BYTES = 1 << 20
@@ -15,23 +15,15 @@ _ZEROS = bytes(PIECE_BYTES)
 
 
 def pieces(file: int, size_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of what is no hole (SEEK_DATA, lseek(2)) and not all zeros."""
-    at = 0
-    while at < size_bytes:
-        try:
-            at = os.lseek(file, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = min(size_bytes, os.lseek(file, at, os.SEEK_HOLE))
-        while at < end:
-            data = os.pread(file, min(PIECE_BYTES, end - at), at)
-            if not data:
+    """Offset and bytes of what is no hole and not all zeros."""
+    for part in fiemap.allocated(file, size_bytes):
+        for at in range(part.start, part.end, PIECE_BYTES):
+            wanted = min(PIECE_BYTES, part.end - at)
+            data = os.pread(file, wanted, at)
+            if len(data) != wanted:
                 raise InvalidArgument("the file became shorter while it was read")
-            if data != _ZEROS[: len(data)]:
+            if data != _ZEROS[:wanted]:
                 yield at, data
-            at += len(data)
 
 
 def files_of(path: Path) -> list[Path]:
