@@ -127,10 +127,16 @@ class Machines(Lab):
         """Whether it has gone wrong."""
         return point in self.run(host, "cat", f"{FAULTS}.reached").stdout.split()
 
-    def move_until(self, container: str, host: str, point: str, meanwhile: Callable[[], object]) -> None:
-        """Begin to move it from the first host to the second, again if that is rolled back before the host has come to
-        that point: see `migrate`."""
-        source, destination = HOSTS
+    def ends(self, container: str) -> dict[str, str]:
+        """The hosts of a move from where it is to the other: "source" and "destination"."""
+        (source,) = self.where(container)
+        return {"source": source, "destination": next(host for host in HOSTS if host != source)}
+
+    def move_until(self, container: str, point: str, meanwhile: Callable[[], object]) -> None:
+        """Begin to move it to the other host, again if that is rolled back before the end that the point is of has
+        come to it: see `migrate`."""
+        source, destination = (ends := self.ends(container)).values()
+        host = ends[point.partition(".")[0]]
         for _ in range(MOVES_TRIED):
             begun = self.run(source, "migrate", container, destination, "--detach", "-o", "json")
             assert begun.returncode == 0, begun.stderr
