@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,9 +111,13 @@ class Ends:
         """Whatever state they are in."""
         for process in (self._source, self._destination):
             if process.poll() is None:
-                process.kill()
-            with contextlib.suppress(ValueError):  # its pipes are closed already
-                process.communicate()
+                # With what it has started: a CRIU whose peer is gone may wait for ever, and hold the pipe open.
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 @dataclass
