@@ -62,7 +62,7 @@ class MemoryCopy:
 
         Raises ExecutionError if direct I/O into the memory does not come to its end while the container stands still.
         """
-        if moment is Moment.RUNNING and self._tracker.needs_pause:
+        if moment.is_running and self._tracker.needs_pause:
             with self._pause():
                 found = self._look(Moment.PAUSED)
         else:

@@ -198,7 +198,7 @@ class Rounds:
             self.disk.sync()
             left = self.disk.collect()
         if self._memory and self._memory.is_quick and self._limit_bytes is not None:
-            left += self._memory.collect()
+            left += self._memory.collect(Moment.HURRIED)
         return left
 
     def _changed(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:

@@ -59,8 +59,10 @@ class _Followed:
     layout: _Layout = _NO_LAYOUT
     populated: list[Range] = field(default_factory=list)
     may_have_missed: bool = False
-    # Since the last look.
+    # Since a STOPPED look.
     stands_still: bool = False
+    # What it has open, if it has stood still since that was asked.
+    opened: descriptors.Open | None = None
     direct_devices: set[int] = field(default_factory=set)
 
 
@@ -138,7 +140,10 @@ class Follower:
             followed = self._followed.get(process)
             try:
                 layout = _layout(process.pid, followed.layout if followed else _NO_LAYOUT)
-                if layout.aio_rings or descriptors.look(process.pid, direct=False).io_uring:
+                opened = descriptors.look(process.pid, direct=False)
+                if followed:
+                    followed.opened = opened
+                if layout.aio_rings or opened.io_uring:
                     devices |= descriptors.look(process.pid, direct=True).direct_devices
                     # Its files may have been closed since.
                     devices |= followed.direct_devices if followed else set()
@@ -194,21 +199,22 @@ class Follower:
         followed = self._followed.get(process)
         if followed is None:
             followed = self._followed[process] = _Followed(self._watch(process, moment, result))
-        elif isinstance(followed.watch, Everything) and followed.watch.temporary and moment is Moment.RUNNING:
+        elif isinstance(followed.watch, Everything) and followed.watch.temporary and moment.is_running:
             followed.watch = self._watch(process, moment, result)
         return followed
 
     def _watch(self, process: ProcessKey, moment: Moment, result: Collected) -> Watch:
         """Of a process that cannot be watched now, or not any more, all is told."""
         try:
-            return self._method.watch(process.pid, running=moment is Moment.RUNNING)
+            return self._method.watch(process.pid, running=moment.is_running)
         except (NotNow, Untrackable) as error:
             result.notes.append(f"all memory of process {process.pid} counts as written: {error}")
             return Everything(temporary=True)
 
     def _look(self, process: ProcessKey, followed: _Followed, moment: Moment, result: Collected) -> _Found:
-        running = moment is Moment.RUNNING
-        before = descriptors.look(process.pid, direct=running)
+        if moment.is_running or followed.opened is None:
+            followed.opened = descriptors.look(process.pid, direct=moment.is_running)
+        before = followed.opened
         for _ in range(_TRIES):
             try:
                 scan, shared, aio = self._scan(process, followed, before, moment)
@@ -223,7 +229,7 @@ class Follower:
         else:
             raise ProcessGone(f"process {process.pid} is ending, or calls exec over and over")
         # Files may have been opened just before a read that was in flight, or closed just after it.
-        after = descriptors.look(process.pid, direct=True) if running else before
+        after = descriptors.look(process.pid, direct=True) if moment.is_running else before
         followed.direct_devices |= before.direct_devices | after.direct_devices
         return _Found(scan, shared, aio or before.writes_past_page_tables() or after.writes_past_page_tables())
 
@@ -231,14 +237,15 @@ class Follower:
         self, process: ProcessKey, followed: _Followed, opened: descriptors.Open, moment: Moment
     ) -> tuple[Scan, dict[ObjectKey, list[Range]], bool]:
         # Without a pause a method that needs one leaves its marks for the next time.
-        watch = Everything() if self.needs_pause and moment is Moment.RUNNING else followed.watch
+        watch = Everything() if self.needs_pause and moment.is_running else followed.watch
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
         with Pagemap(process.pid, self._regions) as source:
             known, layout = followed.layout, _layout(process.pid, followed.layout)
             # By path of the mapping as it is now: registering may join it to its neighbour.
             objects = [(area, self._object(process.pid, area, moment)) for area in layout.shared]
             stood_still = moment is Moment.LAST and followed.stands_still and layout is known
-            scan = watch.scan(source, layout.private, followed.populated if stood_still else None)
+            may_be_short = stood_still or moment is Moment.HURRIED
+            scan = watch.scan(source, layout.private, followed.populated if may_be_short else None)
             followed.layout = layout
             if layout.aio_rings:
                 scan = _join(scan, Everything().scan(source, layout.aio_rings))
@@ -272,7 +279,7 @@ class Follower:
                 return None
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
-            if moment is not Moment.RUNNING:
+            if not moment.is_running:
                 raise
             return None  # unmapped meanwhile, or joined to a neighbour; the next collect finds it
         if not is_memory(descriptor):
@@ -325,9 +332,11 @@ def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Mom
     scan = found.scan
     gone = extents.subtract(followed.populated, scan.populated)
     followed.populated = scan.populated
-    followed.stands_still = moment in (Moment.STOPPED, Moment.LAST)
+    followed.stands_still = moment is Moment.STOPPED
+    if not followed.stands_still:
+        followed.opened = None
     written = scan.written
-    if moment is Moment.RUNNING:
+    if moment.is_running:
         followed.may_have_missed |= found.direct_io
     elif followed.may_have_missed:
         followed.may_have_missed, written = False, scan.populated

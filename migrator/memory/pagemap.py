@@ -94,11 +94,14 @@ class Pagemap:
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
 
-    def scan(self, start: int, end: int, wanted: Wanted, *, protect: bool = False) -> Iterator[Region]:
+    def scan(
+        self, start: int, end: int, wanted: Wanted, *, protect: bool = False, registered: bool = False
+    ) -> Iterator[Region]:
         """Regions in order. With `protect` those found are protected in the same step: what is written from then on
-        is WRITTEN the next time. Then raises PermissionError where a mapping is not registered for that, and what was
-        found before it must not be relied on; ProcessGone. Page markers and guard regions are left out."""
-        flags = _PROTECT | _FAIL_IF_UNPROTECTABLE if protect else 0
+        is WRITTEN the next time. Then, or with `registered`, raises PermissionError where a mapping is not registered
+        for that, and what was found before it must not be relied on; ProcessGone. Page markers and guard regions are
+        left out."""
+        flags = (_PROTECT if protect else 0) | (_FAIL_IF_UNPROTECTABLE if protect or registered else 0)
         buffer = ctypes.addressof(self._regions)
         inverted = wanted.none_of
         while start < end:

@@ -29,6 +29,8 @@ class Moment(Enum):
     """What the container does during a collect, which the caller sees to."""
 
     RUNNING = "running"
+    # As RUNNING, but the look is to be short: of what is no longer there in large mappings the next one tells.
+    HURRIED = "hurried"
     # All tasks are frozen (the freezer says FROZEN) and `drain` found nothing in flight. It may run again afterwards.
     PAUSED = "paused"
     # As PAUSED, and it stands still until the end: what was written to shared memory is left to `compare`.
@@ -36,6 +38,11 @@ class Moment(Enum):
     # As STOPPED, and what is reported has to be complete: shared memory is compared as a whole, if it was not since the
     # container was stopped, and none is released.
     LAST = "last"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the container runs meanwhile."""
+        return self in (Moment.RUNNING, Moment.HURRIED)
 
 
 @dataclass(frozen=True)

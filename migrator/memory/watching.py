@@ -94,7 +94,7 @@ class Watch(Protocol):
     def scan(self, pagemap: Pagemap, areas: Sequence[Mapping], populated: list[Range] | None = None) -> Scan:
         """Private mappings. All that is populated counts as written in those that are new since the last time.
 
-        `populated` is what was found of the same mappings the last time, if the process has stood still since."""
+        With `populated`, what was found the last time, what is gone since need not be told."""
 
     def scan_shared(self, pagemap: Pagemap, area: Mapping) -> list[Range]:
         """Addresses in a shared mapping that may have been written through it."""

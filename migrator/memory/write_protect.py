@@ -84,17 +84,17 @@ class WriteProtectWatch:
         protected anew: what was written in them is not known any more."""
         start, end = row.areas[0].start, row.areas[-1].end
         found = Scan()
-        if populated is not None and row.is_large:
-            # Seven times as fast: only where pages are not protected, or not there, does the kernel look at them.
-            unprotected = source.scan(start, end, pagemap.UNPROTECTED)
-            for part in merge(Range(first, min(last + _NEAR_BYTES, end)) for first, last, _ in unprotected):
-                found.add(source.scan(part.start, part.end, row.wanted))
-            found.populated = merge([*intersect(populated, [Range(start, end)]), *found.populated])
-            return found
         try:
-            found.add(source.scan(start, end, row.wanted, protect=True))
+            if populated is None or not row.is_large:
+                found.add(source.scan(start, end, row.wanted, protect=True))
+                return found
+            # Seven times as fast: only where pages are not protected, or not there, does the kernel look at them.
+            unprotected = source.scan(start, end, pagemap.UNPROTECTED, registered=True)
+            for part in merge(Range(first, min(last + _NEAR_BYTES, end)) for first, last, _ in unprotected):
+                found.add(source.scan(part.start, part.end, row.wanted, protect=True))
         except PermissionError:
             return None
+        found.populated = merge([*intersect(populated, [Range(start, end)]), *found.populated])
         return found
 
     def _register_rows(self, areas: Sequence[Mapping]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,18 @@ from memory_kit import Process, Replica, compiled
 
 from blockdev import extents
 from blockdev.extents import Range
-from migrator.memory import METHODS, MemoryTracker, Moment, descriptors, make, mappings, pagemap, probe, userfault
+from migrator.memory import (
+    METHODS,
+    MemoryTracker,
+    Moment,
+    descriptors,
+    make,
+    mappings,
+    pagemap,
+    probe,
+    userfault,
+    write_protect,
+)
 from migrator.memory.own import address_of
 from migrator.memory.pagemap import PAGE_BYTES
 from migrator.memory.write_protect import WriteProtectWatch
@@ -67,12 +79,12 @@ class Followed:
 
     def round(self, moment: Moment = Moment.RUNNING) -> None:
         """As a source does it: frozen for the collect where it has to be."""
-        if moment is Moment.RUNNING and not self.tracker.needs_pause:
-            self.replica.apply(self.tracker.collect())
+        if moment.is_running and not self.tracker.needs_pause:
+            self.replica.apply(self.tracker.collect(moment))
             return
         self.child.freeze()
         try:
-            self.replica.apply(self.tracker.collect(Moment.PAUSED if moment is Moment.RUNNING else moment))
+            self.replica.apply(self.tracker.collect(Moment.PAUSED if moment.is_running else moment))
             if moment is Moment.STOPPED:
                 self.replica.take(self.tracker.compare())
                 self.replica.apply(self.tracker.collect(Moment.LAST))
@@ -99,11 +111,14 @@ step = some.one_of(line, line, line, some.sampled_from([*Moment, Moment.RUNNING]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=some.lists(step, max_size=60))
+@given(steps=some.lists(step, max_size=60), large=some.booleans())
 def test_a_replica_equals_after_any_sequence(
-    method: str, child_program: Path, mapped_file: Path, steps: list[Line | Moment]
+    method: str, child_program: Path, mapped_file: Path, steps: list[Line | Moment], large: bool
 ) -> None:
+    """All of its mappings are small, and may be taken for large ones."""
     with ExitStack() as stack:
+        if large:
+            stack.enter_context(mock.patch.object(write_protect, "_LARGE_BYTES", PAGE_BYTES))
         followed = Followed(stack, method, child_program, mapped_file)
         followed.child.say("m 0 50 0")
         followed.tracker.start()
