@@ -9,7 +9,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from blockdev import fiemap, filesystem, kernel
+from blockdev import extents, filesystem, kernel
 from migrator.errors import ExecutionError, PeerError
 from migrator.images import read
 
@@ -99,7 +99,7 @@ def unpack(images: Path, at: Path) -> None:
 def _copy_out(file: int, size: int, data: int) -> list[list[int]]:
     """Where its data was, start and end."""
     runs = []
-    for start, end in fiemap.allocated(file, size):
+    for start, end in extents.sought(file, size):
         _copy(file, start, end - start, data)
         runs.append([start, end])
     return runs

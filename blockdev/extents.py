@@ -1,5 +1,7 @@
-"""Ranges of bytes."""
+"""Ranges of bytes, and which ranges of a sparse file in memory hold data."""
 
+import errno
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
@@ -86,3 +88,22 @@ def pieces(ranges: Iterable[Range], longest_bytes: int) -> Iterator[Range]:
             end = min(part.end, (at // longest_bytes + 1) * longest_bytes)
             yield Range(at, end)
             at = end
+
+
+def sought(descriptor: int, size_bytes: int, start: int = 0) -> Iterator[Range]:
+    """The parts of a file in memory from `start` up to its size that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2)).
+
+    Of one on a disk, see `fiemap.allocated`.
+    """
+    at = start
+    while at < size_bytes:
+        try:
+            data = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole from here on
+                return
+            raise
+        if data >= size_bytes:
+            return
+        at = min(size_bytes, os.lseek(descriptor, data, os.SEEK_HOLE))
+        yield Range(data, at)

@@ -3,11 +3,11 @@ parts of it hold data, and what two clones share without reading either."""
 
 import errno
 import fcntl
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from blockdev import extents
 from blockdev.extents import Range, merge
 
 _FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap)
@@ -35,19 +35,19 @@ def allocated(descriptor: int, size_bytes: int, start: int = 0) -> Iterator[Rang
 
     By its extents, not by lseek(2): on XFS, where a clone has been written to, SEEK_DATA takes data for a hole if the
     room that was laid out for copies on write reaches over it (seen on Linux 6.1). A file system without extents, as
-    tmpfs, is asked by lseek.
+    tmpfs, is asked as `extents.sought` does.
     """
     try:
         yield from _with_data(mapped(descriptor, size_bytes, start))
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        yield from _sought(descriptor, size_bytes, start)
+        yield from extents.sought(descriptor, size_bytes, start)
 
 
-def _with_data(extents: Iterable[Extent]) -> Iterator[Range]:
+def _with_data(found: Iterable[Extent]) -> Iterator[Range]:
     begin = end = 0
-    for extent in extents:
+    for extent in found:
         if extent.is_zero:
             continue
         if extent.start != end:
@@ -57,21 +57,6 @@ def _with_data(extents: Iterable[Extent]) -> Iterator[Range]:
         end = extent.end
     if begin < end:
         yield Range(begin, end)
-
-
-def _sought(descriptor: int, size_bytes: int, start: int) -> Iterator[Range]:
-    at = start
-    while at < size_bytes:
-        try:
-            data = os.lseek(descriptor, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole from here on
-                return
-            raise
-        if data >= size_bytes:
-            return
-        at = min(size_bytes, os.lseek(descriptor, data, os.SEEK_HOLE))
-        yield Range(data, at)
 
 
 def mapped(descriptor: int, size_bytes: int, start: int = 0) -> Iterator[Extent]:

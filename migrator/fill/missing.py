@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from migrator.fill import store as page_store
+from blockdev import extents
 from migrator.fill.store import PAGE_BYTES
 
 MARK = b"\1"
@@ -102,7 +102,7 @@ class Marks:
 
     def _read(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         """Of the pages with these numbers: where there are marks, and which."""
-        for first, last in page_store.data(self._file, start, end):
+        for first, last in extents.sought(self._file, end, start):
             for at in range(first, last, _STEP):
                 yield at, os.pread(self._file, min(_STEP, last - at), at)
 

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
@@ -31,13 +30,6 @@ def first_data(descriptor: int, start: int, end: int) -> int | None:
             raise
         return None
     return first if first < end else None
-
-
-def data(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """What is there between two offsets, in order; the rest are holes."""
-    while start < end and (first := first_data(descriptor, start, end)) is not None:
-        start = min(end, os.lseek(descriptor, first, os.SEEK_HOLE))
-        yield first, start
 
 
 def give_back(descriptor: int, start: int, end: int) -> None:

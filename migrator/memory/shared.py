@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from blockdev import extents, fiemap
+from blockdev import extents
 from blockdev.blocks import Batch
 from blockdev.extents import Range
 from migrator.memory import reading
@@ -77,7 +77,7 @@ class SharedObject:
         if by_descriptor or status.st_blocks != self._blocks:
             self._blocks = status.st_blocks
             end = -(-status.st_size // PAGE_BYTES) * PAGE_BYTES
-            found = fiemap.allocated(self.descriptor, status.st_size)
+            found = extents.sought(self.descriptor, status.st_size)
             populated = extents.merge(_whole_pages(part, end) for part in found)
         gone = extents.subtract(self._populated, populated)
         self._digests.forget(gone)

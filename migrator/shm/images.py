@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pycriu.images import fdinfo_pb2, fown_pb2, ipc_shm_pb2, memfd_pb2, mm_pb2, pagemap_pb2
 
-from blockdev import extents, fiemap
+from blockdev import extents
 from blockdev.extents import Range
 from migrator.errors import ExecutionError
 from migrator.images import HEADER_BYTES, entries, joined, read
@@ -231,7 +231,7 @@ def _write_pages(images: Path, number: int, descriptor: int) -> None:
     size = os.fstat(descriptor).st_size
     output = os.open(pages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        for data in fiemap.allocated(descriptor, size):
+        for data in extents.sought(descriptor, size):
             whole = Range(data.start, -(-data.end // PAGE_BYTES) * PAGE_BYTES)
             for part in extents.pieces([whole], _LARGEST_ENTRY_BYTES):
                 count = part.length // PAGE_BYTES

@@ -18,7 +18,7 @@ from agent.assembly import volume_name
 from agent.container_records import Records, State
 from agent.database import Database
 from agent.snapshots import SnapshotKeeper
-from blockdev import blocks, extents, fiemap, pool, reflink
+from blockdev import blocks, extents, fiemap, reflink
 from blockdev.blocks import Piece
 from blockdev.errors import BlockError
 from blockdev.extents import Range
@@ -36,17 +36,6 @@ SIZE = BLOCK * BLOCKS
 NAME = "ct101"
 # "/" has to hold an image; nothing of it is allocated here.
 ROOM = 64 << 20
-
-
-@pytest.fixture(scope="module")
-def pool_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    state = tmp_path_factory.mktemp("state")
-    try:
-        yield pool.ensure(state, 4 << 30)
-    finally:
-        pool.close(state)
 
 
 class End:

@@ -24,7 +24,7 @@ from agent.container_records import Records, State
 from agent.database import Database
 from agent.runtime import Runtime
 from agent.snapshots import SnapshotKeeper
-from blockdev import filesystem, live_clone, loop, pool, reflink, thaw_guard, tracker
+from blockdev import filesystem, live_clone, loop, reflink, thaw_guard, tracker
 from blockdev.errors import BlockError
 from blockdev.extents import Range
 from blockdev.snapshot import SnapshotStore
@@ -38,17 +38,6 @@ MIB = 1 << 20
 SIZE = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 256 * MIB}
 ID = "0123456789abcdef"
 NONE = "without a tracker"
-
-
-@pytest.fixture(scope="module")
-def pool_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    state = tmp_path_factory.mktemp("state")
-    try:
-        yield pool.ensure(state, 8 << 30)
-    finally:
-        pool.close(state)
 
 
 @pytest.fixture
