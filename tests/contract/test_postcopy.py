@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from blockdev.blocks import Batch
-from blockdev.extents import Range
+from blockdev.extents import Range, sought
 from migrator import postcopy
 from migrator.errors import ExecutionError, Unreachable
 from migrator.fill import missing
 from migrator.fill.images import lazy_ranges
 from migrator.fill.status import State
-from migrator.fill.store import PAGE_BYTES, data, path_of
+from migrator.fill.store import PAGE_BYTES, path_of
 from migrator.handover import Incoming
 from migrator.memory.reading import without_zeros
 from migrator.postcopy import MemoryLost, Puller
@@ -61,7 +61,7 @@ class Source:
         left: list[tuple[int, int]] = []
         store = os.open(path_of(moved.store, pid), os.O_RDWR)
         for part in lazy_ranges(moved.images, pid):
-            for first, last in list(data(store, part.start, part.end)):
+            for first, last in list(sought(store, part.end, part.start)):
                 for at in range(first, last, PAGE_BYTES):
                     if chance.random() < share:
                         self.pages[pid, at] = os.pread(store, PAGE_BYTES, at)
@@ -256,6 +256,6 @@ def _vdso(moved: Victim, pid: int) -> Iterator[tuple[int, int]]:
     """What of the store is not left to the fill."""
     lazy = lazy_ranges(moved.images, pid)
     with Path(path_of(moved.store, pid)).open("rb") as store:
-        for first, last in data(store.fileno(), 0, 1 << 47):
+        for first, last in sought(store.fileno(), 1 << 47):
             if not any(part.start <= first < part.end for part in lazy):
                 yield first, last
