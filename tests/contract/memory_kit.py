@@ -33,8 +33,8 @@ SECONDS = 10.0
 def compiled(folder: Path, source: str, *options: str) -> Path:
     """A program beside this file, built into a folder."""
     program = folder / source.removesuffix(".c")
-    command = ["gcc", "-O1", "-Wall", "-Wextra", "-Wno-unused-result", "-o", program, HERE / source, *options]
-    subprocess.run(command, check=True)
+    flags = ["-O1", "-Wall", "-Wextra", "-Wno-unused-result"]
+    subprocess.run(["gcc", *flags, "-o", program, HERE / source, *options], check=True)
     return program
 
 

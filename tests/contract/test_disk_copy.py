@@ -148,7 +148,7 @@ def test_who_is_cancelled_does_not_wait_for_a_comparison(tmp_path: Path) -> None
     image = tmp_path / "image"
     image.touch()
     os.truncate(image, SIZE_BYTES)
-    cancelled = []
+    cancelled: list[bool] = []
 
     def check() -> None:
         if cancelled:

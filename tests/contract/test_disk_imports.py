@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -86,17 +87,17 @@ class Disks(Bench):
             device.detach()
             at.rmdir()
 
-    def import_(self, path: Path, kind: str = "", name: str = "tiny", fs: str = "", **options: object) -> Image:
+    def import_(self, path: Path, kind: str = "", name: str = "tiny", fs: str = "", **options: Any) -> Image:
         keep = bool(options.pop("keep_identity", False))
         cancel = options.pop("cancel", None) or Cancel()
         assert isinstance(cancel, Cancel)
         with self.images.reserved(name, fs or "ext4"):
-            source = DiskSource(path, recognise(path, kind), **options)  # type: ignore[arg-type]
+            source = DiskSource(path, recognise(path, kind), **options)
             return self.images.add_disk(
                 name, fs, path.name, source, keep_identity=keep, report=self.said.append, cancel=cancel
             )
 
-    def refused(self, reason: str, path: Path, kind: str = "", **options: object) -> str:
+    def refused(self, reason: str, path: Path, kind: str = "", **options: Any) -> str:
         with pytest.raises(MigratorError) as raised:
             self.import_(path, kind, **options)
         assert raised.value.reason == reason, raised.value

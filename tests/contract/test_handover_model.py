@@ -64,6 +64,9 @@ Moment = tuple[str, int, bool]
 class At:
     """The copies of one host as the fakes know a world: the host's own and one that arrives are not told apart."""
 
+    _running: set[str]
+    _host: str
+
     def __init__(self, running: set[str], host: str) -> None:
         self.__dict__.update(_running=running, _host=host)
 

@@ -4,6 +4,7 @@ The service is that of `scripts/fuzz-peer`, which sends far more messages than t
 """
 
 import datetime
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import grpc
 import pytest
 
 from fuzzkit.fuzz import Server, fuzz
-from fuzzkit.messages import prepare, random
+from fuzzkit.messages import prepare
 from fuzzkit.server import HOST, PEERS, STRANGER
 from migrator import certificates, channel, status
 from migrator.channel import Tls
@@ -54,7 +55,7 @@ def audited(server: Server, wanted: dict[str, str]) -> bool:
     return False
 
 
-ABOUT = {"migration": "m-1", "epoch": 1}
+ABOUT: dict[str, Any] = {"migration": "m-1", "epoch": 1}
 QUESTIONS: list[tuple[str, Any]] = [
     ("KeepSnapshots", peer_pb2.KeepSnapshotsRequest(**ABOUT)),
     ("HoldTraffic", peer_pb2.HoldTrafficRequest(**ABOUT)),
@@ -128,7 +129,7 @@ def test_a_foreign_certificate(server: Server, tmp_path: Path) -> None:
 def test_an_expired_certificate(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = certificates._builder
     monkeypatch.setattr(certificates, "BACKDATE", datetime.timedelta(days=10))
-    monkeypatch.setattr(certificates, "_builder", lambda *arguments: builder(*arguments[:3], -1))
+    monkeypatch.setattr(certificates, "_builder", lambda subject, issuer, key, days: builder(subject, issuer, key, -1))
     old = certificates.issue(server.folder / "ca", "host-old", "peer")
     turned_away(server, Tls(server.folder / "ca/ca.crt", old.certificate, old.key))
     why = "CERTIFICATE_VERIFY_FAILED: certificate has expired"
@@ -160,7 +161,7 @@ def _silence() -> Iterator[peer_pb2.SendRequest]:
 def test_a_stream_that_does_not_end_keeps_nothing(server: Server) -> None:
     """The migration is over when its source says so on another connection."""
     request = prepare(random.Random(1), "m-held", "held", 1)
-    about = {"migration": "m-held", "epoch": 1}
+    about: dict[str, Any] = {"migration": "m-held", "epoch": 1}
 
     def open_end() -> Iterator[peer_pb2.SendRequest]:
         yield peer_pb2.SendRequest(**about, stream=1)

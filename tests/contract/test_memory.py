@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from memory_kit import Process, Replica, compiled
 
 from blockdev import extents
 from blockdev.extents import Range
@@ -33,6 +32,7 @@ from migrator.memory import (
 from migrator.memory.own import address_of
 from migrator.memory.pagemap import PAGE_BYTES
 from migrator.memory.write_protect import WriteProtectWatch
+from tests.contract.memory_kit import Process, Replica, compiled
 
 pytestmark = pytest.mark.root
 

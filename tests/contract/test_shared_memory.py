@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_kit import eventually, tree
 
 from agent.runtime import PRIVATE_PROGRAMS, SYSTEM_PATH, find_program
 from blockdev import fiemap
@@ -27,6 +26,7 @@ from migrator.shm import left_out, targets
 from migrator.shm.copy import SharedCopy
 from migrator.shm.store import SharedStore
 from migrator.stream import Digests, Meter, Receiver, Sender
+from tests.contract.memory_kit import eventually, tree
 
 pytestmark = pytest.mark.root
 

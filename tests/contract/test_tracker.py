@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -311,7 +311,7 @@ def test_a_device_that_ebpf_fails_on_is_compared(
 
 
 @pytest.fixture
-def ebpf_disk(tmp_path: Path) -> Iterator[Callable[[int], AbstractContextManager[Disk]]]:
+def ebpf_disk(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
     if os.geteuid() != 0:
         pytest.skip("needs root")
     if reason := tracker.probe():

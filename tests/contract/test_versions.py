@@ -54,7 +54,7 @@ def test_fields_of_a_newer_version_are_ignored(pair: Pair, monkeypatch: pytest.M
         monkeypatch.setattr(peer, name, lambda request, inner=inner: newer(inner(newer(request))))
     decide, send = peer.decide, peer.send
     monkeypatch.setattr(peer, "decide", lambda *arguments: newer(decide(*arguments)))
-    monkeypatch.setattr(peer, "send", lambda requests: send(newer(request) for request in requests))  # type: ignore[arg-type, misc]
+    monkeypatch.setattr(peer, "send", lambda requests: send(newer(request) for request in requests))  # type: ignore[misc]
     _, progress = pair.migrate()
     assert pair.expect_settled(), progress.snapshot().error
 

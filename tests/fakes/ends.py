@@ -114,6 +114,9 @@ class FakeTracker:
     def __init__(self) -> None:
         self._left = [[Range(0, 65536)], [Range(65536, 131072)]]
 
+    def start(self) -> None:
+        pass
+
     def collect(self, check: Callable[[], None] = lambda: None) -> list[Range]:
         return self._left.pop() if self._left else []
 
@@ -690,7 +693,7 @@ class LoopbackPeer:
     def stage(self, migration: str, epoch: int) -> "peer_pb2.ArrivalStage":
         with self._wire("stage"):
             name = self.arrivals.stage(self._source, migration, epoch).upper()
-            return peer_pb2.ArrivalStage.Value(f"ARRIVAL_STAGE_{name}")
+            return peer_pb2.GetArrivalResponse(stage=f"ARRIVAL_STAGE_{name}").stage
 
     def decide(self, migration: str, epoch: int, decision: "peer_pb2.Decision") -> peer_pb2.DecideResponse:
         with self._wire("decide"):

@@ -91,7 +91,7 @@ class Crashes:
                 self.lab.lab("boot", row["name"])
 
     def agent_runs(self, host: str) -> bool:
-        return next(row for row in self.lab.status() if row["name"] == host)["agent"] == "running"
+        return bool(next(row for row in self.lab.status() if row["name"] == host)["agent"] == "running")
 
     @contextmanager
     def migrating(self, source: str, destination: str) -> Iterator["subprocess.Popen[str]"]:

@@ -47,7 +47,8 @@ class Agent:
     def ask(self) -> host_pb2.Host:
         with channel.connect_local(self.socket) as connection:
             stub = host_pb2_grpc.HostServiceStub(connection)
-            return stub.GetHost(host_pb2.GetHostRequest(), timeout=START_S, wait_for_ready=True).host
+            host: host_pb2.Host = stub.GetHost(host_pb2.GetHostRequest(), timeout=START_S, wait_for_ready=True).host
+            return host
 
     def end(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None

@@ -56,9 +56,14 @@ def test_and_while_a_migration_streams(lab: Lab, programs: Programs, service: st
         flows = [f"tcp:{service}", f"udp:{service}"]
         with Probe(programs.probe, tmp_path, flows, enter=bench.lab.at_client(), stall_us=STALL_US) as probe:
             ended: list[float] = []
-            move = threading.Thread(target=lambda: (session.move(), ended.append(time.monotonic())))
-            move.start()
-            move.join()
+
+            def move() -> None:
+                session.move()
+                ended.append(time.monotonic())
+
+            mover = threading.Thread(target=move)
+            mover.start()
+            mover.join()
     assert ended, "the move failed"
     check(probe)
 

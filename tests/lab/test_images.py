@@ -320,7 +320,8 @@ def test_what_a_crash_leaves_is_swept(bench: Bench) -> None:
 def test_a_template_is_built_and_kept(bench: Bench) -> None:
     if subprocess.run(["mmdebstrap", "--version"], check=False, capture_output=True).returncode != 0:
         pytest.skip("mmdebstrap is not installed")
-    cache, said = bench.folder / "cache", []
+    cache = bench.folder / "cache"
+    said: list[str] = []
 
     def build() -> tarball.Tarball:
         return template.build(cache, "bookworm", ["busybox-static"], said.append, Cancel())

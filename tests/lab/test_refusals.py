@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab.lab_kit import HOSTS, Lab, Leftovers, eventually, present
+from labkit.leftovers import Leftovers, present
+from tests.lab.lab_kit import HOSTS, Lab, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.root]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import images, volumes
+from agent.database import Database
 from agent.disk_images import DiskSource
 from agent.images import Images
 from agent.tarball import Cancel
@@ -90,7 +91,7 @@ class Host(Bench):
         return [path.name for path in self._volumes.folder.iterdir() if path.name.endswith((UNFINISHED, ".mount"))]
 
 
-def volumes_images_database(host: Bench) -> images.Database:
+def volumes_images_database(host: Bench) -> Database:
     with host.database.transaction() as cursor:
         cursor.execute(images.SCHEMA)
     return host.database

@@ -235,7 +235,12 @@ def test_a_folder_goes_over_a_connection_as_it_is(tmp_path: Path) -> None:
     (source / "pages").write_bytes(bytes(range(256)) * 4096)
     left, right = socket.socketpair()
     with left, right:
-        sender = threading.Thread(target=lambda: (peer_end.send_folder(left, source), left.sendall(b"\n")))
+
+        def send() -> None:
+            peer_end.send_folder(left, source)
+            left.sendall(b"\n")
+
+        sender = threading.Thread(target=send)
         sender.start()
         peer_end.receive_folder(right, target)
         sender.join()

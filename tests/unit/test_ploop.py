@@ -121,8 +121,8 @@ def test_any_chain_gives_the_bytes_of_each_state(tmp_path_factory: pytest.TempPa
     versions = data.draw(st.lists(st.sampled_from([1, 2]), min_size=len(full), max_size=len(full)))
     folder = tmp_path_factory.mktemp("chain") / "disk"
     guids = chain_folder(folder, full, versions=versions)
-    for name, state in zip(guids, full, strict=True):
-        assert whole(folder, name) == state
+    for name, content in zip(guids, full, strict=True):
+        assert whole(folder, name) == content
     offset = data.draw(st.integers(0, clusters * CLUSTER - 1))
     length = data.draw(st.integers(0, clusters * CLUSTER - offset))
     with ploop.opened(folder) as disk:

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import xxhash
@@ -75,8 +76,8 @@ def test_zeros_carry_no_bytes() -> None:
     assert [(r.offset, r.length, r.data) for r in requests] == [(0, 1 << 20, b"")]
 
 
-def _plain(data: bytes, **changes: object) -> peer_pb2.SendRequest:
-    values = {
+def _plain(data: bytes, **changes: Any) -> peer_pb2.SendRequest:
+    values: dict[str, Any] = {
         "target": "volume/0",
         "length": len(data),
         "encoding": peer_pb2.ENCODING_PLAIN,

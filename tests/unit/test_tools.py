@@ -21,5 +21,5 @@ def test_a_tool_explains_itself_and_refuses_what_it_does_not_know(name: str) -> 
 
 
 def run(name: str, option: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, SCRIPTS / name, option]
+    command = [sys.executable, str(SCRIPTS / name), option]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -10,13 +10,13 @@ import zstandard
 
 from agent.database import Database
 from agent.journal import KEPT, SCHEMA, Incomings, Outgoings
-from blockdev.blocks import Piece
+from blockdev.blocks import BATCH_PIECES, Piece
 from migrator import wire
 from migrator.errors import InvalidArgument, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError
 from migrator.shm.store import SharedStore
-from migrator.stream import BATCH_PIECES, Digests, Receiver
+from migrator.stream import Digests, Receiver
 from migrator.v1 import peer_pb2
 
 

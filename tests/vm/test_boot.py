@@ -51,6 +51,6 @@ def test_a_host_is_rebooted(machines: Machines) -> None:
         checked = json.loads(machines.ok(A, "migrator", "volume", "check", name, "-o", "json"))
         print(f"\n{name} after the reboot: {checked}")
     machines.ok(A, "migrator", "start", "once")
-    ping = ("timeout", "5", "redis-cli", "-h", ONCE, "get", "once")
-    eventually("it has its key", lambda: "value" in machines.client(*ping).stdout, 30 * machines.slower)
+    get = ("timeout", "5", "redis-cli", "-h", ONCE, "get", "once")
+    eventually("it has its key", lambda: "value" in machines.client(*get).stdout, 30 * machines.slower)
     assert not machines.ps(A)["once"]["lost"]

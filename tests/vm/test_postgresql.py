@@ -67,7 +67,7 @@ def test_power_cut(database: Machines, tmp_path: Path, point: str) -> None:
     """Where its last copy is the disk's: each commit that the client was told of is on it."""
     machines = database
     host = machines.ends(NAME)[point.partition(".")[0]]
-    machines.ask(host, point, "hang")
+    machines.go_wrong(host, point, "hang")
     with promising(machines, tmp_path) as promises:
         machines.move_until(NAME, point, lambda: None)
         machines.power_cut(host)

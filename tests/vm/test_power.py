@@ -47,7 +47,7 @@ def test_power_cut(faulty: Machines, cut: str, point: str, ends_at: list[str]) -
     """From wherever the last one has left it."""
     machines, ends = faulty, faulty.ends(NAME)
     host = ends[point.partition(".")[0]]
-    machines.ask(host, point, "hang")
+    machines.go_wrong(host, point, "hang")
     promised = [0]
     with machines.background("client", *CLIENT, "count", ADDRESS, "6379"):
         eventually("it counts", lambda: _counter(machines, promised) > 0, SETTLE_S * machines.slower)

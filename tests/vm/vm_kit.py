@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import template
+from agent.tarball import Cancel
 from labkit.leftovers import Leftovers, difference
 from tests.lab.lab_kit import CHECKOUT, HOSTS, PACKAGES, SUITE, Lab, eventually
 
@@ -89,7 +90,7 @@ class Machines(Lab):
         self.await_agent(host)
 
     def allow_faults(self) -> None:
-        """From now on, and after each boot, the agents do what `ask` asks of them (`migrator.faults`)."""
+        """From now on, and after each boot, the agents do what `go_wrong` asks of them (`migrator.faults`)."""
         unit = f"[Service]\nEnvironment=MIGRATOR_FAULTS={FAULTS}\n"
         for host in HOSTS:
             script = f"mkdir -p {DROP_IN}; cat >{DROP_IN}/faults.conf; systemctl daemon-reload; sync"
@@ -115,7 +116,7 @@ class Machines(Lab):
         with ThreadPoolExecutor(len(HOSTS)) as pool:
             list(pool.map(self.restart_agent, HOSTS))
 
-    def ask(self, host: str, point: str, action: str) -> None:
+    def go_wrong(self, host: str, point: str, action: str) -> None:
         """Have something go wrong there; `allow_faults` was called. A boot forgets it."""
         self.ok(host, "sh", "-c", f"cat >{FAULTS}", stdin=f"{point} {action}\n")
 
@@ -171,7 +172,7 @@ class Machines(Lab):
 
 @contextmanager
 def faults_allowed(machines: Machines) -> Iterator[Machines]:
-    """Agents that do what `ask` asks of them; afterwards all have power, and none has a container."""
+    """Agents that do what `go_wrong` asks of them; afterwards all have power, and none has a container."""
     machines.allow_faults()
     yield machines
     machines.boot_all()
@@ -182,7 +183,7 @@ def faults_allowed(machines: Machines) -> Iterator[Machines]:
 def up(suite: str, count: int = 2) -> None:
     """So many, ready. What images are built from is made here, where that takes a minute and not half an hour."""
     for packages in PACKAGES.values():
-        template.build(TEMPLATES, SUITE, packages, print, lambda: False)
+        template.build(TEMPLATES, SUITE, packages, print, Cancel())
     done = subprocess.run(
         [SCRIPT, "up", "--suite", suite, "--hosts", str(count)],
         capture_output=True,

@@ -400,7 +400,8 @@ def pool(mebibytes: int = 24) -> Callable[[], Facts]:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.shmat.restype = ctypes.c_void_p
     system_v = (ctypes.c_char * (pages * PAGE)).from_address(libc.shmat(libc.shmget(0, pages * PAGE, 0o1600), None, 0))
-    memories = (mmap.mmap(-1, pages * PAGE), system_v, mmap.mmap(buffer, pages * PAGE))
+    memories: list[mmap.mmap | ctypes.Array[ctypes.c_char]]
+    memories = [mmap.mmap(-1, pages * PAGE), system_v, mmap.mmap(buffer, pages * PAGE)]
     turns = [array.array("Q", [0]) * pages for _ in memories]
     turn, lock = [0], threading.Lock()
 
