@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ DROP_IN = "/etc/systemd/system/migrator-agent.service.d"
 # As on this machine, from where new machines have them.
 TEMPLATES = Path("/var/cache/migrator")
 SETTLE_S = 30.0
+REACHED_EACH_S, ASKED_EACH_S = 2.0, 30.0
 
 
 @dataclass
@@ -142,9 +144,15 @@ class Machines(Lab):
             begun = self.run(source, "migrate", container, destination, "--detach", "-o", "json")
             assert begun.returncode == 0, begun.stderr
             name = json.loads(begun.stdout)["migration"]
+            asked = time.monotonic()
             while not self.reached(host, point):
                 meanwhile()
+                # To ask takes seconds of the processor that the migration needs.
+                time.sleep(REACHED_EACH_S)
+                if time.monotonic() - asked < ASKED_EACH_S:
+                    continue
                 moving = json.loads(self.ok(source, "migrator", "migrations", "show", name, "-o", "json"))
+                asked = time.monotonic()
                 if moving["outcome"] != "running":
                     print(f"\nit has not come to {point}: {moving['outcome']}, {moving['error']}")
                     break
