@@ -45,6 +45,8 @@ class MemoryCopy:
         self._gone: dict[ProcessKey, list[Range]] = {}
         # Those that the last collect has found.
         self._last: list[ProcessKey] = []
+        # Their pids inside the container.
+        self._inside: dict[ProcessKey, int] = {}
         # Which process each target holds: a pid may be used again.
         self._owners: dict[str, ProcessKey] = {}
         self.shared_bytes = 0
@@ -76,6 +78,7 @@ class MemoryCopy:
         for key in found.ended:
             self._written.pop(key, None)
             self._gone.pop(key, None)
+            self._inside.pop(key, None)
         if moment is Moment.LAST:
             self._last = [change.process for change in found.processes]
             self._add_vdso()
@@ -91,7 +94,7 @@ class MemoryCopy:
         """After the last collect: amend CRIU's dump with the memory that it was kept from looking through."""
         for key in self._last:
             with suppress(ProcessGone):
-                inside, areas = self._pid_inside(key.pid), self._tracker.areas(key)
+                inside, areas = self._number(key), self._tracker.areas(key)
                 pageless.add_pages(images, inside, self._tracker.populated(key), areas)
 
     def compare(self) -> None:
@@ -122,19 +125,25 @@ class MemoryCopy:
         """
         for key, ranges in list(self._written.items()):
             with suppress(ProcessGone):
-                inside, merged = self._pid_inside(key.pid), extents.merge(ranges)
+                inside, merged = self._number(key), extents.merge(ranges)
                 left = extents.intersect(merged, fill_images.lazy_ranges(images, inside))
                 self._written[key] = extents.subtract(merged, left)
                 marks = missing.marked(left, MAX_PIECE_BYTES)
                 yield from sender.requests(f"missing/{inside}", (Piece(at, len(m), m) for at, m in marks))
         yield from self._private(sender)
 
+    def _number(self, key: ProcessKey) -> int:
+        """Its pid inside. Raises ProcessGone."""
+        if key not in self._inside:
+            self._inside[key] = self._pid_inside(key.pid)
+        return self._inside[key]
+
     def _private(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         written, self._written = self._written, {}
         gone, self._gone = self._gone, {}
         for key, ranges in written.items():
             try:
-                target = f"memory/{self._pid_inside(key.pid)}"
+                target = f"memory/{self._number(key)}"
                 yield from sender.batches(target, self._batches(target, key, ranges, gone[key]))
             except ProcessGone:
                 continue  # the next collect says so, too

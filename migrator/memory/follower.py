@@ -61,8 +61,9 @@ class _Followed:
     may_have_missed: bool = False
     # Since a STOPPED look.
     stands_still: bool = False
-    # What it has open, if it has stood still since that was asked.
+    # What it has open and mapped, if it has stood still since that was asked.
     opened: descriptors.Open | None = None
+    mapped: _Layout | None = None
     direct_devices: set[int] = field(default_factory=set)
 
 
@@ -142,7 +143,7 @@ class Follower:
                 layout = _layout(process.pid, followed.layout if followed else _NO_LAYOUT)
                 opened = descriptors.look(process.pid, direct=False)
                 if followed:
-                    followed.opened = opened
+                    followed.opened, followed.mapped = opened, layout
                 if layout.aio_rings or opened.io_uring:
                     devices |= descriptors.look(process.pid, direct=True).direct_devices
                     # Its files may have been closed since.
@@ -240,7 +241,10 @@ class Follower:
         watch = Everything() if self.needs_pause and moment.is_running else followed.watch
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
         with Pagemap(process.pid, self._regions) as source:
-            known, layout = followed.layout, _layout(process.pid, followed.layout)
+            known = followed.layout
+            if moment.is_running or followed.mapped is None:
+                followed.mapped = _layout(process.pid, known)
+            layout = followed.mapped
             # By path of the mapping as it is now: registering may join it to its neighbour.
             objects = [(area, self._object(process.pid, area, moment)) for area in layout.shared]
             stood_still = moment is Moment.LAST and followed.stands_still and layout is known
@@ -334,7 +338,7 @@ def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Mom
     followed.populated = scan.populated
     followed.stands_still = moment is Moment.STOPPED
     if not followed.stands_still:
-        followed.opened = None
+        followed.opened = followed.mapped = None
     written = scan.written
     if moment.is_running:
         followed.may_have_missed |= found.direct_io
