@@ -61,9 +61,8 @@ class _Followed:
     may_have_missed: bool = False
     # Since a STOPPED look.
     stands_still: bool = False
-    # What it has open and mapped, if it has stood still since that was asked.
+    # What it has open, if it has stood still since that was asked.
     opened: descriptors.Open | None = None
-    mapped: _Layout | None = None
     direct_devices: set[int] = field(default_factory=set)
 
 
@@ -143,7 +142,7 @@ class Follower:
                 layout = _layout(process.pid, followed.layout if followed else _NO_LAYOUT)
                 opened = descriptors.look(process.pid, direct=False)
                 if followed:
-                    followed.opened, followed.mapped = opened, layout
+                    followed.opened = opened
                 if layout.aio_rings or opened.io_uring:
                     devices |= descriptors.look(process.pid, direct=True).direct_devices
                     # Its files may have been closed since.
@@ -241,10 +240,8 @@ class Follower:
         watch = Everything() if self.needs_pause and moment.is_running else followed.watch
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
         with Pagemap(process.pid, self._regions) as source:
-            known = followed.layout
-            if moment.is_running or followed.mapped is None:
-                followed.mapped = _layout(process.pid, known)
-            layout = followed.mapped
+            # Also in the last look: registering may have joined mappings since, and CRIU has seen them so.
+            known, layout = followed.layout, _layout(process.pid, followed.layout)
             # By path of the mapping as it is now: registering may join it to its neighbour.
             objects = [(area, self._object(process.pid, area, moment)) for area in layout.shared]
             stood_still = moment is Moment.LAST and followed.stands_still and layout is known
@@ -338,7 +335,7 @@ def _change(process: ProcessKey, followed: _Followed, found: _Found, moment: Mom
     followed.populated = scan.populated
     followed.stands_still = moment is Moment.STOPPED
     if not followed.stands_still:
-        followed.opened = followed.mapped = None
+        followed.opened = None
     written = scan.written
     if moment.is_running:
         followed.may_have_missed |= found.direct_io
