@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from pycriu.images import mm_pb2, pagemap_pb2
 
+from blockdev import extents
 from blockdev.extents import Range
 from migrator import wire
 from migrator.errors import ExecutionError
@@ -156,7 +157,7 @@ class _Pages:
 
     def expect_data(self, start: int, what: str) -> None:
         """Raises ExecutionError if the store has nothing there."""
-        if self._source is None or page_store.first_data(self._source, start, start + PAGE_BYTES) is None:
+        if self._source is None or extents.first_data(self._source, start, start + PAGE_BYTES) is None:
             raise ExecutionError(f"the page store lacks {what}: it has to be sent like other private memory")
 
     def _take(self) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import os
 from pathlib import Path
 
@@ -16,20 +15,6 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 def path_of(store: Path, pid: int) -> Path:
     """The file of a process; `pid` is that in the container's own pid namespace."""
     return store / f"mem-{pid}"
-
-
-def first_data(descriptor: int, start: int, end: int) -> int | None:
-    """Where the first data is between two offsets; None if there is only a hole.
-
-    Not where it ends: to find that the kernel goes through it page by page, 10 ms for each GiB (Linux 6.18).
-    """
-    try:
-        first = os.lseek(descriptor, start, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return None
-    return first if first < end else None
 
 
 def give_back(descriptor: int, start: int, end: int) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from blockdev import extents
 from migrator.fill import messages, missing, userfault
 from migrator.fill import store as page_store
 from migrator.fill.images import lazy_segments
@@ -311,7 +312,7 @@ class Worker:
             if start == end:
                 return
         file = self._files[space.owner]
-        first = None if file is None else page_store.first_data(file, source, source + end - start)
+        first = None if file is None else extents.first_data(file, source, source + end - start)
         if first is None:
             space.remove(start, end)
             return
