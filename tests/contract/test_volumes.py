@@ -25,22 +25,10 @@ GROWN = 448 * MIB
 KINDS = filesystem.KINDS
 
 
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    folder = tmp_path_factory.mktemp("state")
-    try:
-        yield folder
-    finally:
-        pool.close(folder)
-
-
 @pytest.fixture
-def store(state_dir: Path) -> Iterator[VolumeStore]:
+def store(pool_folder: Path) -> Iterator[VolumeStore]:
     """A store on a pool, empty before and after each test."""
-    folder = pool.ensure(state_dir, 8 << 30) / "volumes"
-    store = VolumeStore(folder)
+    store = VolumeStore(pool_folder / "volumes")
     try:
         yield store
     finally:
