@@ -46,15 +46,13 @@ def faulty(machines_session: Machines) -> Iterator[Machines]:
 def test_power_cut(faulty: Machines, cut: str, point: str, ends_at: list[str]) -> None:
     """From wherever the last one has left it."""
     machines, ends = faulty, faulty.ends(NAME)
-    host = ends[point.partition(".")[0]]
-    machines.go_wrong(host, point, "hang")
     promised = [0]
     with machines.background("client", *CLIENT, "count", ADDRESS, "6379"):
         eventually("it counts", lambda: _counter(machines, promised) > 0, SETTLE_S * machines.slower)
-        machines.move_until(NAME, point, lambda: _counter(machines, promised))
+        hung = machines.move_until(NAME, point, lambda: _counter(machines, promised))
         machines.power_cut(ends[cut])
     machines.boot(ends[cut])
-    machines.forget(host)
+    machines.forget(hung)
     where = _settled(machines, [ends[end] for end in ends_at])
     assert _counter(machines, promised) >= promised[0], "what was acknowledged is lost"
     assert machines.ok(where, "migrator", "volume", "check", NAME)

@@ -135,11 +135,12 @@ class Machines(Lab):
         (source,) = self.where(container)
         return {"source": source, "destination": next(host for host in HOSTS if host != source)}
 
-    def move_until(self, container: str, point: str, meanwhile: Callable[[], object]) -> None:
-        """Begin to move it to the other host, again if that is rolled back before the end that the point is of has
-        come to it: see `migrate`."""
+    def move_until(self, container: str, point: str, meanwhile: Callable[[], object]) -> str:
+        """Begin to move it to the other host, until the end that the point is of hangs there; returns that host. Begun
+        again if it is rolled back before: see `migrate`."""
         source, destination = (ends := self.ends(container)).values()
         host = ends[point.partition(".")[0]]
+        self.go_wrong(host, point, "hang")
         for _ in range(MOVES_TRIED):
             begun = self.run(source, "migrate", container, destination, "--detach", "-o", "json")
             assert begun.returncode == 0, begun.stderr
@@ -157,7 +158,7 @@ class Machines(Lab):
                     print(f"\nit has not come to {point}: {moving['outcome']}, {moving['error']}")
                     break
             else:
-                return
+                return host
         raise AssertionError(f"no migration has come to {point}")
 
     def await_alone(self, container: str, hosts: Sequence[str]) -> str:
