@@ -3,9 +3,12 @@
 import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from blockdev import pool
+from tests.lab.containers_kit import TestImage, make_image, need
 from tests.lab.crash_kit import NAME, A, Crashes, faults_allowed
 from tests.lab.lab_kit import HOSTS, SCRIPT, Lab, eventually
 
@@ -78,3 +81,20 @@ def ready(crashes: Crashes) -> Iterator[Crashes]:
     for row in crashes.lab.status():
         if row["link"] == "cut":
             crashes.lab.lab("heal", row["name"])
+
+
+@pytest.fixture(scope="module")
+def pool_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A pool of a module's own, sparse, for containers without the lab."""
+    need("runc", "conmon", "/bin/busybox", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs")
+    state = tmp_path_factory.mktemp("state")
+    try:
+        yield pool.ensure(state, 4 << 30)
+    finally:
+        pool.close(state)
+
+
+@pytest.fixture(scope="module")
+def image(pool_folder: Path) -> TestImage:
+    """What its containers are made from."""
+    return make_image(pool_folder / "tiny.img")

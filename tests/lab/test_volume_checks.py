@@ -14,12 +14,11 @@ from agent import images
 from agent.images import Images
 from agent.tarball import Cancel
 from agent.volume_checks import Checked, VolumeChecks
-from blockdev import loop, pool
+from blockdev import loop
 from migrator import faults
 from migrator.errors import Busy, Cancelled, ExecutionError, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec, Volume
-from tests.lab import containers_kit
-from tests.lab.containers_kit import IMAGE_BYTES, Bench, TestImage, make_image
+from tests.lab.containers_kit import IMAGE_BYTES, Bench, TestImage
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -30,21 +29,6 @@ WRITER = (
     "exec 3>/data/deleted; echo gone >&3; rm /data/deleted;"
     " i=0; while true; do echo $i >>/data/log; i=$((i+1)); sleep 0.01; done"
 )
-
-
-@pytest.fixture(scope="module")
-def pool_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    containers_kit.need("runc", "conmon", "/bin/busybox", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs")
-    state = tmp_path_factory.mktemp("state")
-    try:
-        yield pool.ensure(state, 4 << 30)
-    finally:
-        pool.close(state)
-
-
-@pytest.fixture(scope="module")
-def image(pool_folder: Path) -> TestImage:
-    return make_image(pool_folder / "tiny.img")
 
 
 class Host(Bench):

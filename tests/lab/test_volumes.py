@@ -16,36 +16,20 @@ from agent.disk_images import DiskSource
 from agent.images import Images
 from agent.tarball import Cancel
 from agent.volumes import ContainerVolume, Volumes
-from blockdev import loop, pool, resize
+from blockdev import loop, resize
 from blockdev.errors import BlockError
 from blockdev.volume import UNFINISHED, Volume
 from migrator.errors import Busy, InvalidArgument, MigratorError, NotFound, Precondition
 from migrator.v1.container_pb2 import ContainerSpec
 from migrator.v1.container_pb2 import Volume as VolumeSpec
 from tests.failing import shut_down
-from tests.lab import containers_kit
-from tests.lab.containers_kit import IMAGE_BYTES, Bench, TestImage, make_image
+from tests.lab.containers_kit import IMAGE_BYTES, Bench, TestImage
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
 MIB = 1 << 20
 SMALLEST = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 256 * MIB}
 WRITER = "i=0; while true; do echo $i >>/data/log; i=$((i+1)); sleep 0.01; done"
-
-
-@pytest.fixture(scope="module")
-def pool_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    containers_kit.need("runc", "conmon", "/bin/busybox", "mkfs.ext4")
-    state = tmp_path_factory.mktemp("state")
-    try:
-        yield pool.ensure(state, 4 << 30)
-    finally:
-        pool.close(state)
-
-
-@pytest.fixture(scope="module")
-def image(pool_folder: Path) -> TestImage:
-    return make_image(pool_folder / "tiny.img")
 
 
 class Host(Bench):
