@@ -1,6 +1,7 @@
 """`migrator-agent`: start in order, serve until told to stop, and leave the containers running."""
 
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -78,6 +79,8 @@ def run(config_file: Path) -> None:
         if config.listen_address:
             servers.listen_tls(config.listen_address, config.tls)
         agent.recover(resources)
+        # What is here now stays: to look through all of it for garbage takes 50 ms, for which a container may stand still.
+        gc.freeze()
         servers.start()
         resources.callback(servers.stop, STOP_GRACE_S)
         log.info("ready", host=config.host, socket=str(config.socket), address=config.listen_address)
