@@ -79,7 +79,7 @@ def run(config_file: Path) -> None:
         if config.listen_address:
             servers.listen_tls(config.listen_address, config.tls)
         agent.recover(resources)
-        # What is here now stays: to look through all of it for garbage takes 50 ms, for which a container may stand still.
+        # It stays. To look through it for garbage would take 50 ms, for which a container may stand still.
         gc.freeze()
         servers.start()
         resources.callback(servers.stop, STOP_GRACE_S)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
+from agent.restorer import CODE, CRIU, GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator import faults
 from migrator.errors import ExecutionError
@@ -38,8 +38,9 @@ _STAND_IN = """\
 (
     {leave}
     exec {python} -I -m agent.restorer {folder} "$@"
-) &
-wait $!
+) >{folder}/{code} &
+read -r code <{folder}/{code}
+exit "${{code:-1}}"
 """
 
 _CRIU_CONFIGURATION = """\
@@ -77,12 +78,13 @@ class HeldRestore:
                 leave="\n    ".join(f"echo 0 >{shlex.quote(str(path))}" for path in Cgroup(orders.watchers).doors()),
                 python=shlex.quote(sys.executable),
                 folder=shlex.quote(str(self._folder)),
+                code=CODE,
             )
         )
         stand_in.chmod(0o700)
         self.configuration.write_text(_CRIU_CONFIGURATION + ("lazy-pages\n" if lazy else ""))
         (self.images / "descriptors.json").write_text(json.dumps(list(stdio)))
-        for name in (SAID, GO, VERDICT):
+        for name in (SAID, GO, VERDICT, CODE):
             os.mkfifo(self._folder / name, 0o600)
         self._open()
 
@@ -91,7 +93,7 @@ class HeldRestore:
         if amended.inherited:
             with self.configuration.open("a") as configuration:
                 configuration.write(amended.options())
-            (self._folder / INHERIT).write_text(amended.script())
+            (self._folder / INHERIT).write_text(amended.listed())
 
     def wait_warm(self, launch: Launch) -> None:
         """Wait until runc waits."""

@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,14 +29,17 @@ from blockdev import kernel
 from migrator.criu import LOG_LEVEL
 from migrator.waiting import readable
 
-GO, VERDICT, SAID = "go", "verdict", "said"
+GO, VERDICT, SAID, CODE = "go", "verdict", "said", "code"
 RESTORER, HOLDING, CRIU = "restorer.pid", "holding.pid", "criu.pid"
 """Where it notes itself, when runc has asked for the restore and when every task is held; and where it notes CRIU."""
 GIVEN_UP = "given-up"
 """There when nobody will ever answer: it may only come to ask afterwards."""
 INHERIT = "inherit"
-"""A script that opens what CRIU inherits and becomes the command that it is given, where there is one by then."""
+"""The list of what CRIU opens when it is asked to restore: see scripts/criu-shim.c."""
 
+# In CRIU's environment: the folder. There it says that it waits to be asked.
+_FOLDER, _WAITS = "MIGRATOR_RESTORE", "waits-{pid}"
+_START_S = 10.0
 _MESSAGE_BYTES = 1 << 20
 _DESCRIPTORS = 4
 _MS_PRIVATE = 1 << 18  # of mount(2)
@@ -68,42 +71,40 @@ class Orders:
 
 
 class Criu:
-    """A process that becomes CRIU when it is let: until then it can be moved into control groups, at some 10 ms each.
+    """CRIU, to be asked one thing, in the container's network namespace. With a folder, that of a restore, it gets what
+    it is to inherit, and mounts of its own, when it is asked: until then it can be moved into control groups as well.
 
     It has all descriptors of this process that are inheritable: runc's requests name some by number.
     """
 
-    def __init__(self, network: str) -> None:
+    def __init__(self, orders: Orders, folder: Path | None = None) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        waiting, self._letting = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.close(self._letting)
-                namespaces.enter(network)
+                namespaces.enter(orders.network)
                 os.set_inheritable(theirs.fileno(), True)
-                command = json.loads(os.read(waiting, _MESSAGE_BYTES))
-                # Not before: by now all is mounted. Killed, CRIU would leave its working mounts behind.
-                namespaces.own_mounts()
-                os.execvp(command[0], [*command, "swrk", str(theirs.fileno())])
+                added = {} if folder is None else {_FOLDER: str(folder)}
+                os.execve(orders.criu, ["criu", "swrk", str(theirs.fileno())], os.environ | added)
             finally:
                 os._exit(127)
-        os.close(waiting)
         theirs.close()
 
-    def become(self, command: Sequence[str]) -> None:
-        """Let it."""
-        os.write(self._letting, json.dumps(command).encode())
+    def await_start(self, folder: Path) -> bool:
+        """Wait until it waits. False if it has ended, or the shim is not in front of it."""
+        deadline = time.monotonic() + _START_S
+        while not (folder / _WAITS.format(pid=self.pid)).exists():
+            if time.monotonic() > deadline or readable([self.socket.fileno()], 0.001):
+                return False
+        return True
 
-    def answer(self, program: str, message: bytes) -> bytes:
-        """Let it, and have it answer one request."""
-        self.become([program])
+    def answer(self, message: bytes) -> bytes:
+        """Ask it something else than to restore."""
         self.socket.send(message)
         return self.socket.recv(_MESSAGE_BYTES)
 
     def end(self) -> int:
         """Leave it alone, have it undo what it has done, and wait for it; its exit code."""
-        os.close(self._letting)
         self.socket.close()
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
@@ -112,21 +113,21 @@ class Criu:
 def main(folder: str, runc: socket.socket) -> int:
     """Serve one request of runc's. Returns CRIU's exit code."""
     orders = Orders.read(Path(folder))
-    criu = Criu(orders.network)
     message = runc.recv(_MESSAGE_BYTES)
     request = rpc.criu_req.FromString(message)
     if request.type == rpc.RESTORE:
-        return _Restore(Path(folder), orders, runc, criu).run(request)
-    runc.send(criu.answer(orders.criu, message))
+        return _Restore(Path(folder), orders, runc).run(request)
+    criu = Criu(orders)
+    runc.send(criu.answer(message))
     return criu.end()
 
 
 class _Restore:
-    def __init__(self, folder: Path, orders: Orders, runc: socket.socket, criu: Criu) -> None:
+    def __init__(self, folder: Path, orders: Orders, runc: socket.socket) -> None:
         self._folder = folder
         self._orders = orders
         self._runc = runc
-        self._criu = criu
+        self._criu = Criu(orders, folder)
         credentials = runc.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self._runc_pid, _, _ = _CREDENTIALS.unpack(credentials)
         self._stand_in = os.getppid()
@@ -144,25 +145,20 @@ class _Restore:
         return self._criu.end()
 
     def _prepare(self, bound: Path) -> bool:
-        """Wait until everything is there, and start CRIU. `bound` is runc's mount of the folder as it is now."""
+        """Wait until everything is there. `bound` is runc's mount of the folder as it is now."""
         # What is mounted on the folder next would be mounted there, too, where mounts are shared, and be left behind.
         kernel.mount("none", bound, "", _MS_PRIVATE)
         self._warm_up()
         note(self._criu.pid, self._folder / CRIU)
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
-        if ask(self._folder, "warm", GO, RESTORER) != "go":
-            return False
-        inherit = self._folder / INHERIT
-        # Not /bin/sh, which may not know descriptors of two digits.
-        self._criu.become([*(["bash", str(inherit)] if inherit.exists() else []), self._orders.criu])
-        return True
+        return self._criu.await_start(self._folder) and ask(self._folder, "warm", GO, RESTORER) == "go"
 
     def _warm_up(self) -> None:
         """Have CRIU probe the kernel, for 40 ms; what it finds it keeps in /run/criu.kdat until the next boot."""
-        first = Criu(self._orders.network)
+        first = Criu(self._orders)
         question = rpc.criu_req(type=rpc.FEATURE_CHECK, features=rpc.criu_features(mem_track=False))
-        first.answer(self._orders.criu, question.SerializeToString())
+        first.answer(question.SerializeToString())
         first.end()
 
     def _amend(self, options: rpc.criu_opts) -> None:
@@ -240,7 +236,12 @@ def _say(folder: Path, word: str) -> None:
 
 if __name__ == "__main__":
     _, _folder, _verb, _descriptor = sys.argv
-    # Not for CRIU: it has a socket of its own.
-    os.set_inheritable(int(_descriptor), False)
-    # runc waits for its end, and by then nothing is left to be tidied up.
-    os._exit(main(_folder, socket.socket(fileno=int(_descriptor))))
+    os.set_inheritable(int(_descriptor), False)  # not for CRIU: it has a socket of its own
+    # The stand-in, for which runc waits, reads the exit code here. It need not wait until the kernel has taken this
+    # program's memory apart, which takes 3 ms.
+    _said_at = os.dup(1)
+    os.dup2(2, 1)
+    _ended = main(_folder, socket.socket(fileno=int(_descriptor)))
+    os.write(_said_at, b"%d\n" % _ended)
+    # By now nothing is left to be tidied up.
+    os._exit(_ended)

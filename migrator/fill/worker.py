@@ -30,6 +30,8 @@ _PATIENCE_S = 10.0
 # As far as marks of missing pages are looked at in one go.
 _AHEAD_BYTES = 64 << 20
 _ZERO_PAGE = bytes(PAGE_BYTES)
+# After the restore only faults are answered for so long: until the tasks run, others need the processors.
+_GRACE_S = 0.02
 # Without anything to map, nothing tells that a process has ended.
 _IDLE_S = 0.2
 # Of user space: all that a userfaultfd may have waiters in.
@@ -73,6 +75,9 @@ class Worker:
         self._used: list[tuple[int, int, int]] = []
         self._changing = False
         self._short_since: float | None = None
+        # When it begins to fill, by giving back what is not left to it.
+        self._fills_from = 0.0
+        self._begins = False
         self._memory = mmap.mmap(-1, _CHUNK_BYTES)
         self._buffer = memoryview(self._memory)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -97,7 +102,7 @@ class Worker:
             self._starved = False
             self._changing = False
             self._answer_postponed()
-            if self._restored:
+            if self._restored and time.monotonic() >= self._fills_from:
                 self._fill_some()
 
     def _may_wait_s(self) -> float | None:
@@ -107,7 +112,7 @@ class Worker:
             return 0.001
         if self._starved:
             return _IDLE_S
-        return 0 if self._restored else None
+        return max(0, self._fills_from - time.monotonic()) if self._restored else None
 
     # What the keeper says
 
@@ -123,9 +128,8 @@ class Worker:
             self._add(packet.space, packet.descriptor, Space(packet.number, lazy_segments(self._images, packet.number)))
             self._next = packet.space + 1
         elif packet.kind == Kind.RESTORED:
-            self._restored = True
-            for owner in self._sharers:
-                self._give_back_the_rest(owner)
+            self._restored = self._begins = True
+            self._fills_from = time.monotonic() + _GRACE_S
         return packet
 
     def _tell(self, packet: Packet) -> bool:
@@ -278,6 +282,10 @@ class Worker:
     # Filling
 
     def _fill_some(self) -> None:
+        if self._begins:
+            self._begins = False
+            for owner in self._sharers:
+                self._give_back_the_rest(owner)
         for owner, start, end in self._used:
             self._give_back(owner, start, end)
         self._used.clear()

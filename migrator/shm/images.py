@@ -25,7 +25,8 @@ from migrator.images import HEADER_BYTES, entries, joined, read
 from migrator.memory.pagemap import PAGE_BYTES
 from migrator.shm.store import SharedStore
 
-_FIRST_INHERITED = 10
+# Above what CRIU has open when it is asked to restore, and below what it moves up.
+_FIRST_INHERITED = 100
 _VMA_MEMFD = 1 << 14
 _PRESENT = 4
 _NOBODY = fown_pb2.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
@@ -64,16 +65,13 @@ class Amended:
         """Lines for a configuration file of CRIU's."""
         return "".join(f"inherit-fd fd[{number}]:{file.key}\n" for number, file in self._numbered())
 
-    def script(self) -> str:
-        """For bash (/bin/sh may not know descriptors of two digits): opens the files and becomes the command that it is
-        given. This process has to hold the store until every task is restored."""
-        lines = []
-        for number, file in self._numbered():
-            how = "<>" if file.is_writable else "<"
-            lines.append(f"exec {number}{how}/proc/{os.getpid()}/fd/{file.descriptor} || exit\n")
-            if file.position:
-                lines.append(f"dd status=none bs=1 count=0 skip={file.position} <&{number} || exit\n")
-        return "".join(lines) + 'exec "$@"\n'
+    def listed(self) -> str:
+        """For scripts/criu-shim.c, which opens them. This process holds the store until every task is restored."""
+        return "".join(
+            f"{number} {os.O_RDWR if file.is_writable else os.O_RDONLY} {file.position} "
+            f"/proc/{os.getpid()}/fd/{file.descriptor}\n"
+            for number, file in self._numbered()
+        )
 
     def _numbered(self) -> Iterator[tuple[int, Inherited]]:
         return enumerate(self.inherited, _FIRST_INHERITED)

@@ -1,14 +1,22 @@
-"""What CRIU is told of a process' pages is the same with scripts/criu-shim.c, and the kernel is asked for less."""
+"""With scripts/criu-shim.c CRIU is told the same of a process' pages, and the kernel is asked for less; and a CRIU that
+is to restore is made ready for it when it is asked."""
 
+import ctypes
 import json
+import mmap
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from migrator.memory import pagemap
+from migrator.memory.own import address_of
+from tests.contract.memory_kit import eventually
 
 SHIM = Path(__file__).parents[2] / "scripts/criu-shim.c"
 
@@ -86,3 +94,87 @@ def _ask(content: Path, *libraries: Path) -> "subprocess.CompletedProcess[str]":
         text=True,
         check=True,
     )
+
+
+# As CRIU does it when it serves one request (cr-service.c).
+RESTORER = """
+import json, mmap, os, socket, sys
+asked = socket.socket(fileno=int(sys.argv[1]))
+asked.recv(0, socket.MSG_TRUNC | socket.MSG_PEEK)
+asked.recv(100)
+file = os.open(sys.argv[2], os.O_RDONLY)
+mapping = mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+place = os.lseek(120, 0, os.SEEK_CUR)
+os.write(120, b"it")
+mounts, other = os.readlink("/proc/self/ns/mnt"), os.readlink("/proc/self/fd/121")
+asked.send(json.dumps([mounts, place, other, dict(os.environ)]).encode())
+asked.recv(100)
+"""
+
+
+@pytest.fixture
+def restorer(tmp_path: Path, shim: Path) -> Iterator[tuple["subprocess.Popen[bytes]", socket.socket]]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    (tmp_path / "mapped").write_bytes(os.urandom(8 << 20))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with closing(ours), closing(theirs):
+        running = subprocess.Popen(
+            [sys.executable, "-c", RESTORER, str(theirs.fileno()), tmp_path / "mapped"],
+            env={**os.environ, "LD_PRELOAD": str(shim), "MIGRATOR_RESTORE": str(tmp_path)},
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+        ours.settimeout(20)
+        with running:
+            yield running, ours
+            ours.close()
+
+
+def test_it_is_made_ready_when_it_is_asked(
+    restorer: tuple["subprocess.Popen[bytes]", socket.socket], tmp_path: Path
+) -> None:
+    running, ours = restorer
+    eventually("it waits", (tmp_path / f"waits-{running.pid}").exists)
+    assert _mounts_of(running.pid) == _mounts_of(os.getpid())
+    written, read = tmp_path / "written", tmp_path / "read"
+    written.write_bytes(b"as is")
+    read.touch()
+    (tmp_path / "inherit").write_text(f"120 {os.O_RDWR} 3 {written}\n121 {os.O_RDONLY} 0 {read}\n")
+    with (tmp_path / "mapped").open("rb") as mapped:
+        os.fsync(mapped.fileno())
+        os.posix_fadvise(mapped.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert _cached_pages(mapped.fileno()) == 0
+        ours.send(b"restore")
+        mounts, place, other, environment = json.loads(ours.recv(1 << 16))
+        eventually("it is read ahead", lambda: 500 <= _cached_pages(mapped.fileno()) < 2048)
+    assert mounts != _mounts_of(os.getpid())
+    assert place == 3
+    assert written.read_bytes() == b"as it"
+    assert other == str(read)
+    assert "LD_PRELOAD" not in environment
+
+
+def test_what_cannot_be_inherited_ends_it(
+    restorer: tuple["subprocess.Popen[bytes]", socket.socket], tmp_path: Path
+) -> None:
+    running, ours = restorer
+    (tmp_path / "inherit").write_text(f"120 {os.O_RDWR} 0 {tmp_path}/missing\n")
+    ours.send(b"restore")
+    assert running.wait(10) == 1
+    assert running.stderr is not None
+    assert running.stderr.read().decode() == f"criu-shim: {tmp_path}/missing: No such file or directory\n"
+
+
+def _mounts_of(pid: int) -> str:
+    return str(Path(f"/proc/{pid}/ns/mnt").readlink())
+
+
+def _cached_pages(file: int) -> int:
+    """See mincore(2)."""
+    with mmap.mmap(file, 0, access=mmap.ACCESS_COPY) as mapping:
+        resident = (ctypes.c_ubyte * (len(mapping) // mmap.PAGESIZE))()
+        asked = ctypes.c_void_p(address_of(mapping)), ctypes.c_size_t(len(mapping)), resident
+        assert ctypes.CDLL(None).mincore(*asked) == 0
+    return sum(byte & 1 for byte in resident)
