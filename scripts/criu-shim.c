@@ -22,8 +22,8 @@
  * when the request comes: mounts of its own, which are seen nowhere else and go with it, and the open files that are
  * listed in "inherit" (migrator/shm/images.py).
  *
- * mmap(2): from then on files that are mapped are read ahead. CRIU writes to such pages, and the kernel would read each
- * of them from the disk before, one after the other: 10 ms for Redis, Linux 6.18.
+ * mmap(2): from then on files that are mapped are read ahead, but for their code. CRIU writes to such pages, and the
+ * kernel would read each of them from the disk before, one after the other: 10 ms for Redis, Linux 6.18.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -269,7 +269,7 @@ long syscall(long number, ...)
 	return result;
 }
 
-/* Of a mapping: all of what programs write to, and not all of a large file that is only read. */
+/* Of a mapping: all of what programs have written to, and not all of a large file of constants. */
 static const size_t AHEAD = 2 << 20;
 static int is_restoring;
 
@@ -330,7 +330,7 @@ void *mmap64(void *address, size_t length, int protection, int flags, int descri
 
 	find_calls();
 	result = map(address, length, protection, flags, descriptor, offset);
-	if (is_restoring && result != MAP_FAILED && descriptor >= 0 && flags & MAP_PRIVATE) {
+	if (is_restoring && result != MAP_FAILED && descriptor >= 0 && flags & MAP_PRIVATE && !(protection & PROT_EXEC)) {
 		error = errno;
 		readahead(descriptor, offset, length < AHEAD ? length : AHEAD);
 		errno = error;
