@@ -71,29 +71,30 @@ class Orders:
 
 
 class Criu:
-    """CRIU, to be asked one thing, in the container's network namespace. With a folder, that of a restore, it gets what
-    it is to inherit, and mounts of its own, when it is asked: until then it can be moved into control groups as well.
+    """CRIU, to be asked one thing, in the container's network namespace. When it is asked it gets mounts of its own and
+    what it is to inherit; until then it can be moved into control groups, at some 10 ms each.
 
     It has all descriptors of this process that are inheritable: runc's requests name some by number.
     """
 
-    def __init__(self, orders: Orders, folder: Path | None = None) -> None:
+    def __init__(self, orders: Orders, folder: Path) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 namespaces.enter(orders.network)
                 os.set_inheritable(theirs.fileno(), True)
-                added = {} if folder is None else {_FOLDER: str(folder)}
-                os.execve(orders.criu, ["criu", "swrk", str(theirs.fileno())], os.environ | added)
+                environment = os.environ | {_FOLDER: str(folder)}
+                os.execve(orders.criu, ["criu", "swrk", str(theirs.fileno())], environment)
             finally:
                 os._exit(127)
         theirs.close()
+        self._waits = folder / _WAITS.format(pid=self.pid)
 
-    def await_start(self, folder: Path) -> bool:
-        """Wait until it waits. False if it has ended, or the shim is not in front of it."""
+    def await_start(self) -> bool:
+        """Wait until it waits. False if it has ended, or scripts/criu-shim.c is not in front of it."""
         deadline = time.monotonic() + _START_S
-        while not (folder / _WAITS.format(pid=self.pid)).exists():
+        while not self._waits.exists():
             if time.monotonic() > deadline or readable([self.socket.fileno()], 0.001):
                 return False
         return True
@@ -117,7 +118,7 @@ def main(folder: str, runc: socket.socket) -> int:
     request = rpc.criu_req.FromString(message)
     if request.type == rpc.RESTORE:
         return _Restore(Path(folder), orders, runc).run(request)
-    criu = Criu(orders)
+    criu = Criu(orders, Path(folder))
     runc.send(criu.answer(message))
     return criu.end()
 
@@ -152,11 +153,14 @@ class _Restore:
         note(self._criu.pid, self._folder / CRIU)
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
-        return self._criu.await_start(self._folder) and ask(self._folder, "warm", GO, RESTORER) == "go"
+        if not self._criu.await_start():
+            _say(self._folder, "CRIU cannot be asked: run scripts/setup on this host")
+            return False
+        return ask(self._folder, "warm", GO, RESTORER) == "go"
 
     def _warm_up(self) -> None:
         """Have CRIU probe the kernel, for 40 ms; what it finds it keeps in /run/criu.kdat until the next boot."""
-        first = Criu(self._orders)
+        first = Criu(self._orders, self._folder)
         question = rpc.criu_req(type=rpc.FEATURE_CHECK, features=rpc.criu_features(mem_track=False))
         first.answer(question.SerializeToString())
         first.end()

@@ -18,9 +18,9 @@
  * and so the capabilities, stay.
  *
  * recv(2): with MIGRATOR_RESTORE in the environment, a folder, CRIU is started long before it is asked to restore
- * (agent/restorer.py). That it waits to be asked is told by a file there, "waits-" and its pid. What could not be had by then it gets
- * when the request comes: mounts of its own, which are seen nowhere else and go with it, and the open files that are
- * listed in "inherit" (migrator/shm/images.py).
+ * (agent/restorer.py). That it waits to be asked is told by a file there, "waits-" and its pid. What could not be had by
+ * then it gets when the request comes: mounts of its own, which are seen nowhere else and go with it, and the open files
+ * that are listed in "inherit" (migrator/shm/images.py).
  *
  * mmap(2): from then on files that are mapped are read ahead, but for their code. CRIU writes to such pages, and the
  * kernel would read each of them from the disk before, one after the other: 10 ms for Redis, Linux 6.18.
