@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import CODE, CRIU, GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
+from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator import faults
 from migrator.errors import ExecutionError
@@ -33,14 +33,15 @@ _OVER = "over"
 
 # runc moves what it has started into the control groups of the container. The restorer must not be frozen with it,
 # nor its memory count as the container's.
+# Its standard streams are those that the container will have.
 _STAND_IN = """\
 #!/bin/sh
+trap 'exit 0' USR1
 (
     {leave}
     exec {python} -I -m agent.restorer {folder} "$@"
-) >{folder}/{code} &
-read -r code <{folder}/{code}
-exit "${{code:-1}}"
+) &
+wait $!
 """
 
 _CRIU_CONFIGURATION = """\
@@ -78,13 +79,12 @@ class HeldRestore:
                 leave="\n    ".join(f"echo 0 >{shlex.quote(str(path))}" for path in Cgroup(orders.watchers).doors()),
                 python=shlex.quote(sys.executable),
                 folder=shlex.quote(str(self._folder)),
-                code=CODE,
             )
         )
         stand_in.chmod(0o700)
         self.configuration.write_text(_CRIU_CONFIGURATION + ("lazy-pages\n" if lazy else ""))
         (self.images / "descriptors.json").write_text(json.dumps(list(stdio)))
-        for name in (SAID, GO, VERDICT, CODE):
+        for name in (SAID, GO, VERDICT):
             os.mkfifo(self._folder / name, 0o600)
         self._open()
 

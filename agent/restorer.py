@@ -12,6 +12,7 @@ freezer takes them over: whether they ever run does not depend on CRIU and runc 
 
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -29,7 +30,7 @@ from blockdev import kernel
 from migrator.criu import LOG_LEVEL
 from migrator.waiting import readable
 
-GO, VERDICT, SAID, CODE = "go", "verdict", "said", "code"
+GO, VERDICT, SAID = "go", "verdict", "said"
 RESTORER, HOLDING, CRIU = "restorer.pid", "holding.pid", "criu.pid"
 """Where it notes itself, when runc has asked for the restore and when every task is held; and where it notes CRIU."""
 GIVEN_UP = "given-up"
@@ -241,11 +242,10 @@ def _say(folder: Path, word: str) -> None:
 if __name__ == "__main__":
     _, _folder, _verb, _descriptor = sys.argv
     os.set_inheritable(int(_descriptor), False)  # not for CRIU: it has a socket of its own
-    # The stand-in, for which runc waits, reads the exit code here. It need not wait until the kernel has taken this
-    # program's memory apart, which takes 3 ms.
-    _said_at = os.dup(1)
-    os.dup2(2, 1)
+    _stand_in = os.getppid()
     _ended = main(_folder, socket.socket(fileno=int(_descriptor)))
-    os.write(_said_at, b"%d\n" % _ended)
+    # runc waits for the stand-in, which need not wait until the kernel has taken this program's memory apart, for 3 ms.
+    if _ended == 0 and os.getppid() == _stand_in:
+        os.kill(_stand_in, signal.SIGUSR1)
     # By now nothing is left to be tidied up.
     os._exit(_ended)

@@ -16,6 +16,8 @@ from benchkit.workloads import Workload
 # A client's TCP may wait twice as long as the pause before it tries again, and a second more.
 QUIET_S, AFTER_S, AFTER_BUSY_S = 1.0, 2.0, 4.0
 AFTER_GAP_S = 1e-6
+# Of the speed before the move: a writer's at random varies.
+RECOVERED, REDIS_RECOVERED = 0.9, 0.95
 
 # What a move takes of memory: its images at both ends and the restored container, for those who copy it in one piece.
 TOUCHED_BYTES, TOUCHED_PARTS, TOUCHED_LIMIT_BYTES = 512 << 20, 3, 3 << 30
@@ -68,7 +70,6 @@ def seen(traces: list[Trace], workload: Workload, quiet: Window, move: Window, w
     worst = max(streams, key=lambda trace: trace.longest_gap_ms(whole))
     gap = worst.longest_gap(whole)
     assert gap is not None
-    normal = first.pages_per_s(quiet)
     metrics = {
         "pause_ms": worst.longest_gap_ms(whole),
         "quiet_gap_ms": first.longest_gap_ms(quiet),
@@ -80,11 +81,18 @@ def seen(traces: list[Trace], workload: Workload, quiet: Window, move: Window, w
     }
     if len(traces) > len(streams):
         metrics["datagram_pause_ms"] = traces[-1].longest_gap_ms(whole)
-    if workload.rate_mbs and normal:
+    # Of a writer its pages count, the pause included; of a Redis what it answers until the pause, and after it.
+    if workload.rate_mbs and (normal := first.pages_per_s(quiet)):
         metrics["throughput_percent"] = 100 * first.pages_per_s(move) / normal
-        recovery_ms = first.recovery_ms(gap, normal)
-        # Not within what was watched: that much at least.
-        metrics["recovery_ms"] = (whole.ended_s - gap.ended_s) * 1000 if recovery_ms is None else recovery_ms
+        recovery_ms = first.recovery_ms(gap, first.pages_per_s, RECOVERED * normal)
+    elif workload.service == "redis":
+        normal = first.answers_per_s(quiet)
+        metrics["throughput_percent"] = 100 * first.answers_per_s(Window(move.began_s, gap.began_s)) / normal
+        recovery_ms = first.recovery_ms(gap, first.answers_per_s, REDIS_RECOVERED * normal)
+    else:
+        return metrics
+    # Not within what was watched: that much at least.
+    metrics["recovery_ms"] = (whole.ended_s - gap.ended_s) * 1000 if recovery_ms is None else recovery_ms
     return metrics
 
 

@@ -268,6 +268,10 @@ ROWS: list[Row] = [
         "throughput_percent", lambda _: 100.0, higher_is_better=True,
     ),
     Plain(
+        "throughput-redis", "what a Redis with 1 GiB answers until the pause, of 5,000 writes each second", "%",
+        "redis-1g", "throughput_percent", lambda _: 100.0, higher_is_better=True,
+    ),
+    Plain(
         "recovery", "from the first answer after the pause to 90 % of the speed before", "ms", BUSY_WRITER,
         "recovery_ms", lambda machine: WORKLOADS[BUSY_WRITER].memory_bytes / machine["memcpy"] * 1000,
     ),

@@ -3,11 +3,10 @@
 import statistics
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FIELDS = 4
-RECOVERED = 0.9
 BIN_S = 0.05
 STEADY_BINS = 3
 
@@ -74,18 +73,19 @@ class Trace:
         return self._per_second(self.pages, window)
 
     def answers_per_s(self, window: Window) -> float:
+        """How many answers came each second."""
         first, last = self._indices(window)
         return (last - first) / (window.ended_s - window.began_s)
 
-    def recovery_ms(self, gap: Window, normal_pages_per_s: float) -> float | None:
-        """From the end of a gap until writes are at 90 % of normal for 150 ms; None if they never are."""
+    def recovery_ms(self, gap: Window, speed: Callable[[Window], float], enough: float) -> float | None:
+        """From the end of a gap until a speed, one of the two above, is enough for 150 ms; None if it never is."""
         start = gap.ended_s
         end = self.came_ns[-1] / 1e9
         good = 0
         number = 0
         while start + (number + 1) * BIN_S <= end:
             at = start + number * BIN_S
-            good = good + 1 if self.pages_per_s(Window(at, at + BIN_S)) >= RECOVERED * normal_pages_per_s else 0
+            good = good + 1 if speed(Window(at, at + BIN_S)) >= enough else 0
             number += 1
             if good == STEADY_BINS:
                 return (number - STEADY_BINS) * BIN_S * 1000

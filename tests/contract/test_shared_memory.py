@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pycriu import rpc_pb2 as rpc
 
 from agent.runtime import PRIVATE_PROGRAMS, SYSTEM_PATH, find_program
 from blockdev import fiemap
@@ -98,17 +100,28 @@ def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
         yield made
 
 
-def _open(listed: str) -> list[int]:
-    """As scripts/criu-shim.c does it, for a CRIU that is not asked by RPC."""
-    numbers = []
-    for line in listed.splitlines():
-        number, flags, position, path = line.split(" ", 3)
-        opened = os.open(path, int(flags))
-        os.lseek(opened, int(position), os.SEEK_SET)
-        os.dup2(opened, int(number))
-        os.close(opened)
-        numbers.append(int(number))
-    return numbers
+def _restore(images: Path, folder: Path, amended: shared_images.Amended) -> rpc.criu_resp:
+    """By an RPC, as runc has it done: what it inherits it gets by scripts/criu-shim.c, with the request."""
+    (folder / "restore.conf").write_text(amended.options())
+    (folder / "inherit").write_text(amended.listed())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        criu = subprocess.Popen(
+            [find_program("criu"), "swrk", str(theirs.fileno())],
+            env={"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}", "MIGRATOR_RESTORE": str(folder)},
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        descriptor = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
+        options = rpc.criu_opts(
+            images_dir_fd=descriptor, log_file="restore.log", shell_job=True, config_file=str(folder / "restore.conf")
+        )
+        ours.send(rpc.criu_req(type=rpc.RESTORE, opts=options).SerializeToString())
+        answer = rpc.criu_resp.FromString(ours.recv(1 << 16))
+        os.close(descriptor)
+        ours.close()
+        criu.wait(20)
+    return answer
 
 
 def test_it_is_restored_from_what_was_sent(pool: Pool, tmp_path: Path) -> None:
@@ -137,27 +150,7 @@ def test_it_is_restored_from_what_was_sent(pool: Pool, tmp_path: Path) -> None:
         transfer(copy, store)
         amended = shared_images.amend(images, store)
         pool.close()
-        (tmp_path / "restore.conf").write_text(amended.options())
-        inherited = _open(amended.listed())
-        criu = [
-            find_program("criu"),
-            "restore",
-            "-D",
-            str(images),
-            "-o",
-            "restore.log",
-            "--shell-job",
-            "--restore-detached",
-        ]
-        restored = subprocess.run(
-            [*criu, "--config", tmp_path / "restore.conf"],
-            env={"PATH": f"{PRIVATE_PROGRAMS}:{SYSTEM_PATH}"},
-            pass_fds=inherited,
-            check=False,
-        )
-        for descriptor in inherited:
-            os.close(descriptor)
-        assert restored.returncode == 0, last_errors(images / "restore.log")
+        assert _restore(images, tmp_path, amended).success, last_errors(images / "restore.log")
         amended.seal()
     os.killpg(pool.pid, signal.SIGCONT)
     after = pool.ask()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,9 +116,13 @@ class Crashes:
         assert moved is None or where == (destination if moved else source)
         other = next(host for host in HOSTS if host != where)
         assert not self.lab.clean(other, 20)
+
+        def others() -> list[str]:
+            return [line for line in self.lab.leftovers(where)["processes"] if not re.search("redis|conmon", line)]
+
+        # One that has just ended may not have been waited for yet.
+        eventually("no process is left where it runs", lambda: not others(), 5)
         found = self.lab.leftovers(where)
-        processes = [line for line in found["processes"] if "redis" not in line and "conmon" not in line]
-        assert not processes, f"processes are left where it runs: {processes}"
         assert not [file for file in found["files"] if "migrations" in file], found
         return where
 

@@ -22,7 +22,7 @@ from benchkit.workloads import WORKLOADS
 NAMES = [
     "pause-idle-16m", "pause-1g-100mbs", "pause-growth-256m-4g", "pause-redis-1g", "pause-postgres",
     "pause-disk-growth-1g-50g", "tree-256", "stream-speed", "bytes-overhead", "cpu-per-gib", "throughput-during",
-    "recovery", "tracker-overhead", "snapshot-100k-extents",
+    "throughput-redis", "recovery", "tracker-overhead", "snapshot-100k-extents",
 ]  # fmt: skip
 MS = 1_000_000
 
@@ -92,8 +92,10 @@ def test_recovery_begins_with_the_first_answer_and_needs_three_good_bins() -> No
     slow = [(int(ms * MS), 0, int(ms * 10), 0) for ms in every(1, 2050, 2250)]
     fast = [(int(ms * MS), 0, int(2250 * 10 + (ms - 2250) * 100), 0) for ms in every(1, 2250, 3000)]
     gap = Window(2.0, 2.05)
-    assert Trace([*slow, *fast]).recovery_ms(gap, 100_000) == pytest.approx(200.0)
-    assert Trace(slow).recovery_ms(gap, 100_000) is None
+    both = Trace([*slow, *fast])
+    assert both.recovery_ms(gap, both.pages_per_s, 90_000) == pytest.approx(200.0)
+    assert both.recovery_ms(gap, both.answers_per_s, 900) == pytest.approx(0.0)
+    assert Trace(slow).recovery_ms(gap, Trace(slow).pages_per_s, 90_000) is None
 
 
 def test_samples_are_read_as_the_probe_writes_them() -> None:
@@ -124,6 +126,15 @@ def test_metrics_of_a_move() -> None:
     assert found["pause_ms"] == found["datagram_pause_ms"] == pytest.approx(50.0)
     assert found["quiet_gap_ms"] == pytest.approx(0.0, abs=1e-6)
     assert found["throughput_percent"] == pytest.approx(100.0, rel=0.02)
+    assert found["recovery_ms"] == 0.0
+
+
+def test_what_a_redis_answers_during_a_move() -> None:
+    """1,000 each second, 900 from the beginning of the move, nothing for 50 ms, and 1,000 again."""
+    times = [*every(1, 1000, 1950), *every(1000 / 900, 1950, 2250), *every(1, 2300, 3000)]
+    answers = Trace([(int(ms * MS), 0, 0, 0) for ms in times])
+    found = seen([answers], WORKLOADS["redis-1g"], Window(1.0, 1.9), Window(1.95, 2.9), Window(1.95, 2.99))
+    assert found["throughput_percent"] == pytest.approx(90.0, rel=0.01)
     assert found["recovery_ms"] == 0.0
 
 
