@@ -54,10 +54,10 @@ class Arriving:
         self._links = interfaces(request.spec)
         self._paths = managers.runtime.paths(self._name)
         self._folder = managers.migration_folder(request.migration)
-        self._restore = HeldRestore(self._folder, self._paths.bundle / PROGRAMS)
         cgroup = managers.runtime.cgroup(self._name).freezer
         self.shared = SharedStore()
-        self._memory = ArrivingMemory(self._folder, self._restore.images, self._paths.bundle, cgroup)
+        self._memory = ArrivingMemory(self._folder, self._paths.bundle, cgroup)
+        self._restore = HeldRestore(self._folder, self._memory.images, self._paths.bundle / PROGRAMS)
         self._state = State(container_pb2.ContainerState.Name(request.state).removeprefix("CONTAINER_STATE_").lower())
         self._launch: Launch | None = None
         self._hold: TrafficHold | None = None
@@ -77,7 +77,7 @@ class Arriving:
 
     @property
     def images(self) -> Path:
-        """On the run folder's tmpfs."""
+        """On a tmpfs."""
         return self._restore.images
 
     @property
@@ -108,9 +108,11 @@ class Arriving:
                 )
             self._folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
             if self._state.is_live:
-                self._prepare_restore()
+                self._folder.mkdir(mode=0o700)
                 if self._request.memory_bytes:
                     self._memory.mount(self._request.memory_bytes)
+                self._prepare_restore()
+                if self._request.memory_bytes:
                     self._memory.launch()
             undo.pop_all()
 
@@ -126,8 +128,15 @@ class Arriving:
         runtime = self._managers.runtime
         orders = Orders(
             criu=find_program("criu"),
+            images=str(self._memory.images),
             root=str(self._paths.rootfs),
             network=self._name,
+            volumes={
+                volume.mount_point: str(at)
+                for volume, at in zip(
+                    self._spec.volumes, self._managers.assembly.mount_points(self._name, self._spec), strict=True
+                )
+            },
             group=runtime.cgroup(self._name).path,
             watchers=runtime.monitors.path,
         )
@@ -177,6 +186,8 @@ class Arriving:
     def mount(self) -> None:
         """Attach the image files and mount them."""
         self._managers.assembly.mount(self._name, self._spec)
+        if self._state.is_live:
+            self._restore.read_ahead()
 
     def amend_images(self) -> None:
         """What the fill maps is left out, and shared memory is the store's."""

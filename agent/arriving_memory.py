@@ -27,12 +27,14 @@ log = structlog.get_logger()
 class ArrivingMemory:
     """A tmpfs of its own, since the run folder's may be small, and a fill; repeatable throughout.
 
-    `work` is where CRIU looks for the fill's socket. `images` are CRIU's. `cgroup` holds the container's processes.
+    `work` is where CRIU looks for the fill's socket. `cgroup` holds the container's processes. CRIU's images are in the
+    store, too, and refer to the pages (`migrator.fill.images`).
     """
 
-    def __init__(self, folder: Path, images: Path, work: Path, cgroup: Path) -> None:
+    def __init__(self, folder: Path, work: Path, cgroup: Path) -> None:
         self.store = folder / "memory"
-        self._places = Places(images, self.store, work, folder / "fill.json", [cgroup])
+        self.images = self.store / "images"
+        self._places = Places(self.images, self.store, work, folder / "fill.json", [cgroup])
         self._process = folder / "fill.pid"
         self._launched: subprocess.Popen[bytes] | None = None
 
@@ -47,7 +49,7 @@ class ArrivingMemory:
         self._launched = launch.launch(self._places, lambda pid: note(pid, self._process))
 
     def prepare(self) -> None:
-        """Amend CRIU's images: what the fill maps is left out of the restore."""
+        """Amend CRIU's images: what the fill maps is left out of the restore, and the rest is in the store."""
         fill_images.prepare(self._places.images, self.store)
 
     def is_filled(self) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, RESTORER, SAID, VERDICT, Orders
+from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, MOUNTED, RESTORER, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator import faults
 from migrator.errors import ExecutionError
@@ -56,13 +56,13 @@ tcp-established
 
 
 class HeldRestore:
-    """The folder of one restore, on a tmpfs: CRIU's images, and the pipes to the restorer.
+    """The folder of one restore, on a tmpfs, with the pipes to the restorer, and that of CRIU's images.
 
     The stand-in is in `programs`, on a file system from which programs may be started: /run is often not one.
     """
 
-    def __init__(self, folder: Path, programs: Path) -> None:
-        self.images = folder / "images"
+    def __init__(self, folder: Path, images: Path, programs: Path) -> None:
+        self.images = images
         self.programs = programs
         self.configuration = folder / "criu.conf"
         self._folder = folder
@@ -70,7 +70,7 @@ class HeldRestore:
 
     def prepare(self, orders: Orders, stdio: Sequence[str], *, lazy: bool) -> None:
         """Write everything. `lazy`: a fill (`migrator.fill`) waits in the work directory."""
-        for folder in (self._folder, self.images, self.programs):
+        for folder in (self.images, self.programs):
             folder.mkdir(parents=True, mode=0o700)
         orders.write(self._folder)
         stand_in = self.programs / "criu"
@@ -98,6 +98,10 @@ class HeldRestore:
     def wait_warm(self, launch: Launch) -> None:
         """Wait until runc waits."""
         self._wait("warm", launch, WARM_TIMEOUT_S)
+
+    def read_ahead(self) -> None:
+        """The volumes are mounted, and the images are there: have it read what will be needed of them."""
+        _tell(self._folder / GO, MOUNTED, must_be_heard=False)
 
     def restore(self, launch: Launch, log: Path) -> None:
         """Let runc and CRIU go on, until every task is restored and held. `log` is CRIU's."""

@@ -17,13 +17,14 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pycriu import rpc_pb2 as rpc
 
-from agent import namespaces
+from agent import namespaces, read_ahead
 from agent.cgroup import Cgroup
 from agent.processes import note
 from blockdev import kernel
@@ -31,6 +32,8 @@ from migrator.criu import LOG_LEVEL
 from migrator.waiting import readable
 
 GO, VERDICT, SAID = "go", "verdict", "said"
+MOUNTED = "mounted"
+"""Said before "go": the volumes are there, and CRIU's images."""
 RESTORER, HOLDING, CRIU = "restorer.pid", "holding.pid", "criu.pid"
 """Where it notes itself, when runc has asked for the restore and when every task is held; and where it notes CRIU."""
 GIVEN_UP = "given-up"
@@ -53,10 +56,14 @@ class Orders:
     """What it is told beforehand."""
 
     criu: str
+    # The folder of CRIU's images.
+    images: str
     # Where the container's root will be mounted: runc has bound the folder as it was before.
     root: str
     # The name of the container's network namespace: CRIU was there, too, when it dumped.
     network: str
+    # Where its volumes will be mounted, by their mount points in the container.
+    volumes: Mapping[str, str]
     # The container's control group, and that of the processes that watch containers.
     group: str
     watchers: str
@@ -157,7 +164,11 @@ class _Restore:
         if not self._criu.await_start():
             _say(self._folder, "CRIU cannot be asked: run scripts/setup on this host")
             return False
-        return ask(self._folder, "warm", GO, RESTORER) == "go"
+        answers = ask(self._folder, "warm", GO, RESTORER)
+        if (answer := next(answers, "")) == MOUNTED:
+            read_ahead.begin(Path(self._orders.images), self._orders.volumes)
+            answer = next(answers, "")
+        return answer == "go"
 
     def _warm_up(self) -> None:
         """Have CRIU probe the kernel, for 40 ms; what it finds it keeps in /run/criu.kdat until the next boot."""
@@ -200,7 +211,7 @@ class _Restore:
             # The first task is there, and the others will be its children.
             self._moved = self._beside.submit(self._leave_the_tasks)
         if moment == "post-restore":
-            if ask(self._folder, "held", VERDICT, HOLDING) != "go":
+            if next(ask(self._folder, "held", VERDICT, HOLDING), "") != "go":
                 return False
             # Any of them that has ended meanwhile: nobody is to wait until the others have noticed.
             if os.getppid() != self._stand_in or readable([self._criu.socket.fileno(), self._runc.fileno()], 0):
@@ -220,18 +231,19 @@ class _Restore:
             (Cgroup(self._orders.watchers).freezer / "cgroup.procs").write_text(str(pid))
 
 
-def ask(folder: Path, word: str, pipe: str, asking: str) -> str:
+def ask(folder: Path, word: str, pipe: str, asking: str) -> Iterator[str]:
     """Say the word and wait for what is answered; a note, `asking`, tells a later agent that an answer is awaited.
 
-    Empty if the agent has given up before.
+    Nothing is if the agent has given up before.
     """
     # Opened to write as well: it does not end when an agent does.
     with (folder / pipe).open("r+b", buffering=0) as answers:
         note(os.getpid(), folder / asking)
         if (folder / GIVEN_UP).exists():
-            return ""
+            return
         _say(folder, word)
-        return answers.readline().decode().rstrip("\n")
+        for line in answers:
+            yield line.decode().rstrip("\n")
 
 
 def _say(folder: Path, word: str) -> None:

@@ -17,13 +17,11 @@ from migrator import pageless
 from migrator.errors import ExecutionError
 from migrator.fill import images as fill_images
 from migrator.fill import missing
+from migrator.fill.store import ADDRESS_END
 from migrator.memory import Collected, MemoryTracker, Moment, ProcessGone, ProcessKey
 from migrator.shm.copy import SharedCopy
 from migrator.stream import MAX_PIECE_BYTES, Sender
 from migrator.v1 import peer_pb2
-
-# Above every address that a process can have: 47 bits on x86-64, 48 on arm64.
-ADDRESS_END = 1 << 48
 
 log = structlog.get_logger()
 

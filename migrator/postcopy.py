@@ -26,9 +26,8 @@ from migrator.errors import InvalidArgument, MigratorError, PeerError, Precondit
 from migrator.fill import missing
 from migrator.fill import store as page_store
 from migrator.fill.missing import Marks, Pipes
-from migrator.fill.store import PAGE_BYTES
+from migrator.fill.store import ADDRESS_END, PAGE_BYTES
 from migrator.handover import Incoming
-from migrator.memory_copy import ADDRESS_END
 from migrator.stream import Digests, Receiver, Sender
 from migrator.v1 import peer_pb2
 from migrator.waiting import readable

@@ -14,8 +14,7 @@ from migrator.errors import ExecutionError, PeerError
 from migrator.files import write_file
 from migrator.fill import missing
 from migrator.fill import store as page_store
-from migrator.fill.store import PAGE_BYTES
-from migrator.memory_copy import ADDRESS_END
+from migrator.fill.store import ADDRESS_END, PAGE_BYTES
 from migrator.ports import Reservation
 from migrator.shm import targets
 from migrator.stream import Digests, Receiver

@@ -11,6 +11,7 @@
  *
  * openat(2) of a process' smaps: with MIGRATOR_SMAPS in the environment, a folder, it gets the file there that has the
  * process' pid as its name, if there is one (migrator/smaps.py). In the real one the kernel goes through all pages.
+ * fstatat(2) of its map_files: CRIU asks for each mapping how its file is open. That is in a second file there.
  *
  * prlimit(2): where root lacks CAP_SYS_RESOURCE, as in some sandboxes and nested virtual machines, the kernel
  * (kernel/sys.c, check_prlimit_permission, 6.18) lets a process read the limits only of processes that have its own real
@@ -21,9 +22,6 @@
  * (agent/restorer.py). That it waits to be asked is told by a file there, "waits-" and its pid. What could not be had by
  * then it gets when the request comes: mounts of its own, which are seen nowhere else and go with it, and the open files
  * that are listed in "inherit" (migrator/shm/images.py).
- *
- * mmap(2): from then on files that are mapped are read ahead, but for their code. CRIU writes to such pages, and the
- * kernel would read each of them from the disk before, one after the other: 10 ms for Redis, Linux 6.18.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -56,9 +54,9 @@ static const uint64_t LARGE = 4 << 20;
 static long (*call)(long number, ...);
 static int (*control)(int descriptor, unsigned long request, ...);
 static int (*open_at)(int folder, const char *path, int flags, ...);
+static int (*stat_at)(int folder, const char *path, struct stat64 *status, int flags);
 static off64_t (*seek)(int descriptor, off64_t offset, int whence);
 static ssize_t (*receive)(int descriptor, void *buffer, size_t length, int flags);
-static void *(*map)(void *address, size_t length, int protection, int flags, int descriptor, off64_t offset);
 
 /* What CRIU starts is not to have it. */
 __attribute__((constructor)) static void stay_here(void)
@@ -74,8 +72,8 @@ static void find_calls(void)
 	call = dlsym(RTLD_NEXT, "syscall");
 	control = dlsym(RTLD_NEXT, "ioctl");
 	open_at = dlsym(RTLD_NEXT, "openat64");
+	stat_at = dlsym(RTLD_NEXT, "fstatat64");
 	receive = dlsym(RTLD_NEXT, "recv");
-	map = dlsym(RTLD_NEXT, "mmap64");
 	seek = dlsym(RTLD_NEXT, "lseek64");
 }
 
@@ -100,6 +98,12 @@ static long pid_of(int descriptor)
 	return name && sscanf(name, "/%ld%n", &pid, &end) == 1 && !name[end] ? pid : 0;
 }
 
+/* Of the process whose smaps CRIU is reading: its mappings in order, and with which mode map_files would show them. */
+static FILE *modes;
+static struct mapping {
+	uint64_t start, end, mode;
+} one;
+
 int openat64(int folder, const char *path, int flags, ...)
 {
 	const char *ours = strcmp(path, "smaps") ? NULL : getenv("MIGRATOR_SMAPS");
@@ -114,10 +118,32 @@ int openat64(int folder, const char *path, int flags, ...)
 	va_end(arguments);
 	if (ours && (size_t)snprintf(name, sizeof(name), "%s/%ld", ours, pid_of(folder)) < sizeof(name)) {
 		made = open_at(AT_FDCWD, name, flags);
+		if (modes)
+			fclose(modes);
+		one = (struct mapping){ 0 };
+		modes = made >= 0 && strlen(name) + sizeof(".modes") <= sizeof(name) ? fopen(strcat(name, ".modes"), "re") : NULL;
 		if (made >= 0)
 			return made;
 	}
 	return open_at(folder, path, flags, mode);
+}
+
+int fstatat64(int folder, const char *path, struct stat64 *status, int flags)
+{
+	uint64_t start, end;
+
+	find_calls();
+	if (modes && flags == AT_SYMLINK_NOFOLLOW && sscanf(path, "%lx-%lx", &start, &end) == 2) {
+		do {
+			if (one.start == start && one.end == end) {
+				memset(status, 0, sizeof(*status));
+				status->st_mode = S_IFLNK | one.mode;
+				errno = ENOENT; /* what has no file */
+				return one.mode ? 0 : -1;
+			}
+		} while (fread(&one, sizeof(one), 1, modes) == 1);
+	}
+	return stat_at(folder, path, status, flags);
 }
 
 /* Whether the range is within one mapping of no file. CRIU asks in order of address, and the process stands still. */
@@ -217,20 +243,28 @@ off64_t lseek64(int descriptor, off64_t offset, int whence)
 	return seek(descriptor, offset, whence);
 }
 
+/* Of a process that stands still. CRIU asks for 16 limits of each. */
 static int real_ids(long pid, unsigned *uid, unsigned *gid)
 {
+	static long known;
+	static unsigned known_uid, known_gid;
 	char path[64], line[256];
 	FILE *status;
 	int found = 0;
 
-	snprintf(path, sizeof(path), "/proc/%ld/status", pid);
-	status = fopen(path, "re");
-	if (!status)
-		return -1;
-	while (fgets(line, sizeof(line), status))
-		found += sscanf(line, "Uid:\t%u", uid) == 1 || sscanf(line, "Gid:\t%u", gid) == 1;
-	fclose(status);
-	return found == 2 ? 0 : -1;
+	if (known != pid) {
+		snprintf(path, sizeof(path), "/proc/%ld/status", pid);
+		status = fopen(path, "re");
+		if (!status)
+			return -1;
+		while (fgets(line, sizeof(line), status))
+			found += sscanf(line, "Uid:\t%u", &known_uid) == 1 || sscanf(line, "Gid:\t%u", &known_gid) == 1;
+		fclose(status);
+		known = found == 2 ? pid : 0;
+	}
+	*uid = known_uid;
+	*gid = known_gid;
+	return known == pid ? 0 : -1;
 }
 
 static long prlimit_as_owner(long pid, long resource, long old)
@@ -269,8 +303,6 @@ long syscall(long number, ...)
 	return result;
 }
 
-/* Of a mapping: all of what programs have written to, and not all of a large file of constants. */
-static const size_t AHEAD = 2 << 20;
 static int is_restoring;
 
 static void end_if(int failed, const char *what)
@@ -319,21 +351,6 @@ ssize_t recv(int descriptor, void *buffer, size_t length, int flags)
 		end_if(unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_SLAVE | MS_REC, NULL) < 0, "mounts of its own");
 		snprintf(name, sizeof(name), "%s/inherit", folder);
 		inherit(name);
-	}
-	return result;
-}
-
-void *mmap64(void *address, size_t length, int protection, int flags, int descriptor, off64_t offset)
-{
-	void *result;
-	int error;
-
-	find_calls();
-	result = map(address, length, protection, flags, descriptor, offset);
-	if (is_restoring && result != MAP_FAILED && descriptor >= 0 && flags & MAP_PRIVATE && !(protection & PROT_EXEC)) {
-		error = errno;
-		readahead(descriptor, offset, length < AHEAD ? length : AHEAD);
-		errno = error;
 	}
 	return result;
 }

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+ADDRESS_END = 1 << 48
+"""Above every address that a process can have: 47 bits on x86-64, 48 on arm64."""
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -251,4 +251,7 @@ def _copy(source: int, part: Range, output: int) -> None:
 
 
 def _write(path: Path, header: bytes, messages: list[bytes]) -> None:
-    path.write_bytes(header + joined(messages))
+    # In one step: the restorer may be reading it (agent/read_ahead.py).
+    written = path.with_suffix(".new")
+    written.write_bytes(header + joined(messages))
+    written.replace(path)

@@ -13,7 +13,7 @@ def memory(folder: Path) -> ArrivingMemory:
     group = folder / "group"
     group.mkdir()
     (group / "cgroup.procs").touch()
-    return ArrivingMemory(folder, folder / "images", folder / "work", group)
+    return ArrivingMemory(folder, folder / "work", group)
 
 
 @pytest.mark.parametrize("state", [State.READY, State.RESTORING, State.FILLING])
@@ -43,7 +43,7 @@ def test_where_there_was_none(tmp_path: Path) -> None:
     group = tmp_path / "group"
     group.mkdir()
     folder = tmp_path / "gone"
-    assert ArrivingMemory(folder, folder / "images", folder / "work", group).is_filled()
+    assert ArrivingMemory(folder, folder / "work", group).is_filled()
     assert not folder.exists()
 
 

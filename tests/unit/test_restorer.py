@@ -13,5 +13,5 @@ def test_one_that_is_late_to_ask_is_not_kept_waiting(tmp_path: Path) -> None:
     folder.mkdir()
     for name in (restorer.GO, restorer.SAID, restorer.VERDICT):
         os.mkfifo(folder / name)
-    HeldRestore(folder, tmp_path / "programs").give_up()
-    assert restorer.ask(folder, "warm", restorer.GO, restorer.RESTORER) == ""
+    HeldRestore(folder, tmp_path / "images", tmp_path / "programs").give_up()
+    assert list(restorer.ask(folder, "warm", restorer.GO, restorer.RESTORER)) == []
