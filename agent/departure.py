@@ -229,7 +229,9 @@ class Departing:
                 note(criu.pid, self._folder / CRIU_PROCESS)
                 criu.warm_up(WARM_UP_TIMEOUT_S)
                 request = self._request(None if pageless is None else parent)
-                yield Dump(criu, request, self._cgroup, self._paths.shm, pageless, self._managers.smaps)
+                known = self._managers.smaps
+                told = None if known is None else smaps.SmapsFolder(known, self._folder / SMAPS)
+                yield Dump(criu, request, self._cgroup, self._paths.shm, pageless, told)
         finally:
             shutil.rmtree(self._folder)
 

@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from agent import shm_folder
 from agent.cgroup import Cgroup
 from agent.processes import pid_inside
 from migrator.criu import Criu, DumpRequest
-from migrator.pageless import Pageless
+from migrator.memory import ProcessGone
+from migrator.pageless import Pageless, write_parent
 from migrator.shm import left_out
-from migrator.smaps import Smaps
+from migrator.smaps import SmapsFolder
 
 SMAPS, LEFT_OUT = "smaps", "left-out"
 """What CRIU reads in place of the kernel's answers, in the folder of the migration."""
@@ -27,7 +29,7 @@ class Dump:
         cgroup: Cgroup,
         shm: Path,
         pageless: Pageless | None,
-        smaps: Smaps | None,
+        smaps: SmapsFolder | None,
     ) -> None:
         self._criu = criu
         self._request = request
@@ -36,13 +38,23 @@ class Dump:
         self._pageless = pageless
         self._smaps = smaps
 
+    def rehearse(self) -> None:
+        """Of the processes that there are now, which will be there mostly as they are."""
+        pids = self._cgroup.pids()
+        for pid in pids:
+            if self._request.parent is not None:
+                with suppress(ProcessGone):
+                    write_parent(self._request.parent, [pid_inside(pid)])
+        if self._smaps is not None:
+            self._smaps.write(pids)
+
     def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
         """Write the images; on return the tasks are stopped by CRIU and by the control group."""
         pids = self._cgroup.pids()
         if self._request.parent is not None and self._pageless is not None:
             self._pageless.prepare(self._request.parent, {pid: pid_inside(pid) for pid in pids})
         if self._smaps is not None:
-            self._smaps.write(self._request.work / SMAPS, pids)
+            self._smaps.write(pids)
         left_out.write(self._request.work / LEFT_OUT, sent)
         self._criu.dump(self._request, TIMEOUT_S, check)
         self._cgroup.freeze()

@@ -32,6 +32,9 @@ class LeavingVolume:
 class Checkpoint(Protocol):
     """A CRIU process that waits; after `dump` it holds the tasks until the context ends."""
 
+    def rehearse(self) -> None:
+        """While the tasks run: do what a dump needs as far as it can be done now."""
+
     def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
         """Write the container's images into its images folder, without the contents of these objects of shared memory:
         their state, now that the tasks are frozen, says which they are. `check` is called now and then; what it raises

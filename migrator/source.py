@@ -132,7 +132,7 @@ class Departure:
                     prepared = self._prepare(undo)
                 with phase("precopy"):
                     rounds = self._precopy(undo, prepared, outbox)
-                    rehearsal = undo.enter_context(self._rehearse())
+                    rehearsal = undo.enter_context(self._rehearse(prepared.checkpoint))
                     if self._live:
                         with self._progress.step("last rounds"):
                             rounds.hurry()
@@ -257,10 +257,11 @@ class Departure:
             self._peer.keep_snapshots(self._name, self._epoch)
         faults.point("source.snapshots")
 
-    def _rehearse(self) -> ExitStack:
-        """The file systems are ready to be frozen until this is closed."""
+    def _rehearse(self, checkpoint: Checkpoint | None) -> ExitStack:
+        """Their dump is prepared, and the file systems can be frozen at once until this is closed."""
         rehearsal = ExitStack()
-        if self._live:
+        if checkpoint is not None:
+            checkpoint.rehearse()
             rehearsal.enter_context(self._container.volumes_ready())
         return rehearsal
 

@@ -61,8 +61,9 @@ class _Followed:
     may_have_missed: bool = False
     # Since a STOPPED look.
     stands_still: bool = False
-    # What it has open, if it has stood still since that was asked.
+    # What it has open and mapped, if it has stood still since that was asked.
     opened: descriptors.Open | None = None
+    mapped: _Layout | None = None
     direct_devices: set[int] = field(default_factory=set)
 
 
@@ -142,7 +143,7 @@ class Follower:
                 layout = _layout(process.pid, followed.layout if followed else _NO_LAYOUT)
                 opened = descriptors.look(process.pid, direct=False)
                 if followed:
-                    followed.opened = opened
+                    followed.opened, followed.mapped = opened, layout
                 if layout.aio_rings or opened.io_uring:
                     devices |= descriptors.look(process.pid, direct=True).direct_devices
                     # Its files may have been closed since.
@@ -241,7 +242,8 @@ class Follower:
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
         with Pagemap(process.pid, self._regions) as source:
             # Also in the last look: registering may have joined mappings since, and CRIU has seen them so.
-            known, layout = followed.layout, _layout(process.pid, followed.layout)
+            known, asked, followed.mapped = followed.layout, followed.mapped, None
+            layout = asked if asked and not moment.is_running else _layout(process.pid, known)
             # By path of the mapping as it is now: registering may join it to its neighbour.
             objects = [(area, self._object(process.pid, area, moment)) for area in layout.shared]
             stood_still = moment is Moment.LAST and followed.stands_still and layout is known

@@ -1,5 +1,6 @@
 """What CRIU is given instead of /proc/PID/smaps says the same, of processes of many kinds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from blockdev.errors import BlockError
 from migrator import memory
-from migrator.smaps import FOLDER, Smaps
+from migrator.smaps import FOLDER, Smaps, SmapsFolder
 
 pytestmark = pytest.mark.root
 
@@ -83,7 +84,7 @@ def of_kernel(pid: int) -> list[str]:
 
 
 def test_it_says_what_the_kernel_says(smaps: Smaps, program: int, tmp_path: Path) -> None:
-    smaps.write(tmp_path / "made", [program])
+    SmapsFolder(smaps, tmp_path / "made").write([program])
     written = (tmp_path / "made" / str(program)).read_bytes().decode().split("\n")[:-1]
     assert written == of_kernel(program)
     assert any("\r\u2028\x85 b\\012c" in line for line in written)
@@ -101,14 +102,14 @@ def missing(pid: int) -> set[str]:
 
 def test_small_processes_and_those_that_are_gone_are_left_out(smaps: Smaps, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as small:
-        smaps.write(tmp_path / "made", [small.pid, 1 << 22])
+        SmapsFolder(smaps, tmp_path / "made").write([small.pid, 1 << 22])
         assert list((tmp_path / "made").iterdir()) == []
         small.kill()
 
 
 def test_criu_gets_it_by_the_shim(smaps: Smaps, program: int, tmp_path: Path, shim: Path) -> None:
     """By openat(2) in the folder of a process; of one without a file, and any other file, it gets the real one."""
-    smaps.write(tmp_path / "made", [program])
+    SmapsFolder(smaps, tmp_path / "made").write([program])
     asker = """
 import os, sys
 for pid, name in (sys.argv[1], "smaps"), (sys.argv[1], "maps"), (str(os.getpid()), "smaps"):
@@ -126,3 +127,74 @@ for pid, name in (sys.argv[1], "smaps"), (sys.argv[1], "maps"), (str(os.getpid()
         found[folder] = done.stdout.splitlines()
     assert found[tmp_path / "made"] == ["False True", "False False", "True True"]
     assert found[None] == ["True True", "False False", "True True"]
+
+
+def test_it_is_written_again_where_something_has_changed(smaps: Smaps, tmp_path: Path) -> None:
+    changing = """
+import mmap, sys
+kept = [mmap.mmap(-1, 16 << 20)]
+kept[0].write(bytes(range(256)) * (len(kept[0]) // 256))
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+"""
+    folder = SmapsFolder(smaps, tmp_path / "made")
+    with subprocess.Popen(
+        [sys.executable, "-c", changing], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        written = tmp_path / "made" / str(program.pid)
+        said = set()
+        for change in ("pass", "pass", "kept[0].madvise(mmap.MADV_RANDOM)", "kept.append(mmap.mmap(-1, 4 << 20))"):
+            program.stdin.write(change + "\n")
+            program.stdin.flush()
+            assert program.stdout.readline() == "done\n"
+            folder.write([program.pid])
+            assert written.read_bytes().decode().split("\n")[:-1] == of_kernel(program.pid)
+            said.add((written.read_bytes(), written.stat().st_ino))
+        assert len(said) == 3
+        program.stdin.close()
+        program.wait()
+        # Another may get its pid.
+        folder.write([program.pid])
+        assert not written.exists()
+
+
+def test_criu_gets_the_modes_of_mapped_files_by_the_shim(
+    smaps: Smaps, program: int, tmp_path: Path, shim: Path
+) -> None:
+    """Of the process whose smaps it reads, in order; of anything else it gets what the kernel says."""
+    SmapsFolder(smaps, tmp_path / "made").write([program])
+    asker = """
+import ctypes, json, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+process = os.open(f"/proc/{sys.argv[1]}", os.O_RDONLY | os.O_DIRECTORY)
+maps = open(f"/proc/{sys.argv[1]}/maps", newline="\\n").read().split("\\n")[:-1]
+folder = os.open("map_files", os.O_RDONLY | os.O_DIRECTORY, dir_fd=process)
+asked = sys.argv[2] == "smaps" and os.open("smaps", os.O_RDONLY, dir_fd=process)
+found = []
+for first, end in [line.split()[0].split("-") for line in maps] + [("1000", "2000")]:
+    name = f"{int(first, 16):x}-{int(end, 16):x}"
+    status = ctypes.create_string_buffer(144)
+    failed = libc.fstatat64(folder, name.encode(), status, 0x100)
+    mode, inode = int.from_bytes(status[24:28], "little"), int.from_bytes(status[8:16], "little")
+    found.append([name, ctypes.get_errno() if failed else mode & 0o170600, bool(inode)])
+print(json.dumps(found))
+"""
+    told = []
+    for how in ("smaps", "not"):
+        environment = {**os.environ, "LD_PRELOAD": str(shim), FOLDER: str(tmp_path / "made")}
+        done = subprocess.run(
+            [sys.executable, "-c", asker, str(program), how],
+            env=environment,
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        told.append(json.loads(done.stdout))
+    ours, kernels = told
+    assert [row[:2] for row in ours] == [row[:2] for row in kernels]
+    assert {mode & 0o600 for _, mode, inode in kernels if inode} == {0o400, 0o600}
+    assert not any(inode for *_, inode in ours)
+    assert any(inode for *_, inode in kernels)

@@ -312,6 +312,10 @@ class FakeLeaving:
             with self._call("source.end of CRIU"):
                 pass
 
+    def rehearse(self) -> None:
+        with self._call("source.rehearse"):
+            assert not self.frozen
+
     def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
         check()
         self.left_out = len(sent)
