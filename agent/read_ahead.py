@@ -57,7 +57,7 @@ def wanted(images: Path) -> Iterator[Wanted]:
     to read it, too, takes longer than it saves."""
     parts: dict[int, set[Range]] = defaultdict(set)
     for name in os.listdir(images):  # noqa: PTH208  # half the time of Path.iterdir
-        if not name.startswith("mm-"):
+        if not (name.startswith("mm-") and name.endswith(".img")):
             continue
         for message in entries(read(images / name)):
             for vma in mm_pb2.mm_entry.FromString(message).vmas:
