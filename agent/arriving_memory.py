@@ -18,6 +18,8 @@ from migrator.fill.status import State, Status, has_finished, is_held
 # Beside the pages: what is sent twice before it is known to be gone, and the file system's own.
 SLACK_PART = 1.25
 SLACK_BYTES = 256 << 20
+# CRIU's images, with deleted files that are open, each of up to 1 GiB, and what is in /dev/shm.
+IMAGES_BYTES = 2 << 30
 END_S = 5.0
 _MOUNT_FLAGS = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC of mount(2)
 
@@ -41,7 +43,7 @@ class ArrivingMemory:
     def mount(self, memory_bytes: int) -> None:
         """Make room for so much. Raises OSError."""
         self.store.mkdir(mode=0o700)
-        size = int(memory_bytes * SLACK_PART) + SLACK_BYTES
+        size = int(memory_bytes * SLACK_PART) + SLACK_BYTES + IMAGES_BYTES
         kernel.mount("migrator", self.store, "tmpfs", _MOUNT_FLAGS, f"size={size},mode=0700")
 
     def launch(self) -> None:
