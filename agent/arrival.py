@@ -179,6 +179,8 @@ class Arriving:
 
     def hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
         """The switch sends the container's frames here from now on."""
+        if self._launch is not None:
+            self._restore.expect_waiting()
         if self._hold is not None and self._neighbours is not None:
             self._hold.take()
             self._neighbours.learn(neighbours)

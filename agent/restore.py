@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.cgroup import Cgroup
 from agent.processes import Process
-from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, MOUNTED, RESTORER, SAID, VERDICT, Orders
+from agent.restorer import CRIU, GIVEN_UP, GO, HOLDING, INHERIT, MOUNTED, RESTORER, RUNC, SAID, VERDICT, Orders
 from agent.runtime import Launch
 from migrator import faults
 from migrator.errors import ExecutionError
@@ -99,15 +99,20 @@ class HeldRestore:
         """Wait until runc waits."""
         self._wait("warm", launch, WARM_TIMEOUT_S)
 
+    def expect_waiting(self) -> None:
+        """Raises ExecutionError if one of those who wait has ended."""
+        for name, what in ((RUNC, "runc"), (RESTORER, "the restorer"), (CRIU, "CRIU")):
+            process = Process.noted(self._folder / name)
+            if process is None or not process.is_alive():
+                raise ExecutionError(f"{what}, which waited to restore it, has ended or was killed")
+
     def read_ahead(self) -> None:
         """The volumes are mounted, and the images are there: have it read what will be needed of them."""
         _tell(self._folder / GO, MOUNTED, must_be_heard=False)
 
     def restore(self, launch: Launch, log: Path) -> None:
         """Let runc and CRIU go on, until every task is restored and held. `log` is CRIU's."""
-        restorer = Process.noted(self._folder / RESTORER)
-        if restorer is None or not restorer.is_alive():
-            raise ExecutionError("what was prepared for the restore has ended before it")
+        self.expect_waiting()
         _tell(self._folder / GO, "go")
         faults.point("destination.restoring")
         try:

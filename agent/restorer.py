@@ -34,8 +34,8 @@ from migrator.waiting import readable
 GO, VERDICT, SAID = "go", "verdict", "said"
 MOUNTED = "mounted"
 """Said before "go": the volumes are there, and CRIU's images."""
-RESTORER, HOLDING, CRIU = "restorer.pid", "holding.pid", "criu.pid"
-"""Where it notes itself, when runc has asked for the restore and when every task is held; and where it notes CRIU."""
+RESTORER, HOLDING, CRIU, RUNC = "restorer.pid", "holding.pid", "criu.pid", "runc.pid"
+"""Where it notes itself, when runc has asked for the restore and when every task is held; and where it notes others."""
 GIVEN_UP = "given-up"
 """There when nobody will ever answer: it may only come to ask afterwards."""
 INHERIT = "inherit"
@@ -159,6 +159,7 @@ class _Restore:
         kernel.mount("none", bound, "", _MS_PRIVATE)
         self._warm_up()
         note(self._criu.pid, self._folder / CRIU)
+        note(self._runc_pid, self._folder / RUNC)
         for folder in Cgroup(self._orders.group).folders():
             (folder / "cgroup.procs").write_text(str(self._criu.pid))
         if not self._criu.await_start():
