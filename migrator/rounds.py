@@ -191,13 +191,13 @@ class Rounds:
         return True
 
     def _look_quickly(self) -> int:
-        """As `_look`, but not at a disk that has to be read whole, nor at memory where a look stops it, or that
-        will be much whatever is done."""
+        """As `_look`, but not at a disk that has to be read whole, nor at memory where a look stops it, or that stays
+        behind."""
         left = 0
         if self.disk.is_quick:
             self.disk.sync()
             left = self.disk.collect()
-        if self._memory and self._memory.is_quick and self._limit_bytes is not None:
+        if self._memory and self._memory.is_quick and not self._memory.stays_behind:
             left += self._memory.collect(Moment.HURRIED)
         return left
 
