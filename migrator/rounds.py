@@ -29,6 +29,8 @@ RETREAT = 4
 # last.
 LAST_ROUNDS, LAST_ROUNDS_S, LITTLE_BYTES = 6, 2.0, 1 << 20
 SYNCS, SHORT_SYNC_S = 3, 0.01
+# What takes longer to send is not sent once more just before: as much would be left.
+LAST_ROUND_S = 0.25
 # Of CRIU's images: those that travel many at a time.
 SMALL_BYTES = 64 << 10
 
@@ -59,6 +61,8 @@ class Rounds:
         self._disk_bytes = 0
         # What may be left when it stops; None if it stops whatever is left.
         self._limit_bytes: int | None = None
+        # Whether last rounds are of use to its memory.
+        self._hurries = True
 
     def converge(self, undo: ExitStack) -> None:
         """Rounds until what is left can be sent while the container stands still, or as the operator wants it.
@@ -73,6 +77,8 @@ class Rounds:
                 self._progress.note(f"does not converge: {options.on_no_converge.value}")
                 if options.on_no_converge is OnNoConverge.FREEZE or self._leave_memory(done):
                     self._limit_bytes = None
+                    is_near = convergence.standstill_s(done, left) <= LAST_ROUND_S
+                    self._hurries = is_near and options.on_no_converge is OnNoConverge.FREEZE
                     return
                 self._throttle(undo, next(shares, None), done, left)
                 done.clear()
@@ -191,13 +197,13 @@ class Rounds:
         return True
 
     def _look_quickly(self) -> int:
-        """As `_look`, but not at a disk that has to be read whole, nor at memory where a look stops it, or that stays
-        behind."""
+        """As `_look`, but not at a disk that has to be read whole, nor at memory where a look stops it, or of which
+        as much would be left."""
         left = 0
         if self.disk.is_quick:
             self.disk.sync()
             left = self.disk.collect()
-        if self._memory and self._memory.is_quick and not self._memory.stays_behind:
+        if self._memory and self._memory.is_quick and self._hurries:
             left += self._memory.collect(Moment.HURRIED)
         return left
 

@@ -1,5 +1,6 @@
 """The last moments before a container is stopped: what is written to its disk meanwhile, and how much of it is sent."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from migrator.convergence import OnNoConverge
 from migrator.memory import Moment
 from migrator.options import Options
 from migrator.progress import Progress
@@ -37,11 +39,18 @@ class FakeDisk:
 
 
 class FakePeer:
+    def __init__(self, seconds_a_round: float) -> None:
+        self._seconds = seconds_a_round
+
     def send(self, requests: Iterator[peer_pb2.SendRequest]) -> None:
         list(requests)
+        time.sleep(self._seconds)
 
 
 class FakeContainer:
+    name = "ct101"
+    unwritten_bytes = 0
+
     def early_images(self) -> Sequence[Path]:
         return []
 
@@ -51,6 +60,7 @@ class FakeMemory:
 
     is_quick = True
     stays_behind = False
+    shared_bytes = 0
 
     def __init__(self, left: Sequence[int]) -> None:
         self._left = list(left)
@@ -64,16 +74,20 @@ class FakeMemory:
         return iter(())
 
 
-def _stop(disk: FakeDisk, memory: FakeMemory | None = None) -> list[str]:
-    """What is done with the disk until the container stands still."""
+def _stop(
+    disk: FakeDisk, memory: FakeMemory | None = None, options: Options | None = None, *, seconds_a_round: float = 0.0
+) -> list[str]:
+    """What is done with the disk until the container stands still; with `memory` there were rounds before."""
     progress = Progress(migration_pb2.Migration())
     anything: Any = None
     made: Any = disk
-    peer: Any = FakePeer()
+    peer: Any = FakePeer(seconds_a_round)
     container: Any = FakeContainer()
     of_memory: Any = memory
-    rounds = Rounds(container, peer, lambda: anything, made, of_memory, progress, Options())
+    rounds = Rounds(container, peer, lambda: anything, made, of_memory, progress, options or Options())
     with progress.phase("freeze"), ExitStack() as undo:
+        if memory is not None:
+            rounds.converge(undo)
         rounds.hurry()
         rounds.stop(undo, lambda: disk.did.append("stop"))
     return disk.did
@@ -100,14 +114,18 @@ def test_what_takes_a_look_at_everything_is_not_looked_at_once_more() -> None:
     assert set(_stop(FakeDisk([], is_quick=False))) == {"sync", "stop"}
 
 
-def test_memory_that_is_written_as_fast_as_it_is_sent_is_sent_once_more_just_before_it_stops() -> None:
-    """However much may be left: what was written while the dump was prepared need not be."""
-    _stop(FakeDisk([0, 0]), memory := FakeMemory([MUCH, MUCH]))
-    assert memory.sent == 1
-
-
-def test_memory_that_stays_behind_is_not_looked_at_before_it_stops() -> None:
-    memory = FakeMemory([])
-    memory.stays_behind = True
-    _stop(FakeDisk([0]), memory)
-    assert memory.sent == 0
+@pytest.mark.parametrize(
+    ("left", "on_no_converge", "rounds"),
+    [
+        (MUCH, OnNoConverge.FREEZE, 3),
+        (8 * MUCH, OnNoConverge.FREEZE, 2),  # as much would be left
+        (MUCH, OnNoConverge.POSTCOPY, 2),  # it stays behind
+    ],
+)
+def test_memory_that_never_converges_is_sent_once_more_where_that_leaves_less(
+    left: int, on_no_converge: OnNoConverge, rounds: int
+) -> None:
+    memory = FakeMemory([MUCH, MUCH, left, MUCH, MUCH])
+    options = Options(on_no_converge=on_no_converge)
+    _stop(FakeDisk([0] * 9), memory, options, seconds_a_round=0.1)
+    assert memory.sent == rounds
