@@ -8,6 +8,7 @@ from labkit.hosts import NAMESPACES, PATH, Host, LabError, wait_for
 
 CONFIGURATION = ("--config", "/etc/migrator/config.toml")
 ANSWER_SECONDS = 60.0
+END_SECONDS = 60.0
 
 
 def start(host: Host) -> None:
@@ -58,4 +59,4 @@ def kill(host: Host) -> None:
     if not pid:
         raise LabError(f"the agent of {host.name} is not running", 4)
     subprocess.run(host.inside("kill", "-9", str(pid)), check=True)
-    wait_for(f"the agent of {host.name} did not end", 5.0, lambda: not host.agent_pid())
+    wait_for(f"the agent of {host.name} did not end", END_SECONDS, lambda: not host.agent_pid())

@@ -14,6 +14,8 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 A, B = HOSTS
 NAME, ADDRESS = "ct-snap", "10.77.2.170"
 FAULTS = "/run/faults"
+# All its files are closed before it is gone; what was written to a disk may have to get there first.
+DIES_WITHIN_S = 60
 
 # Numbers go into a list one after the other; each is on the disk when it is answered.
 WRITER = """
@@ -153,10 +155,12 @@ class Dying:
 
     def during(self, point: str, *command: str) -> None:
         self._file.write_text(f"{point} kill\n")
-        done = self._lab.run(self._host, *command)
-        assert done.returncode != 0
-        eventually("it died", lambda: self._agent() != "running")
-        self._file.unlink()
+        try:
+            done = self._lab.run(self._host, *command)
+        finally:
+            self._file.unlink()
+        assert done.returncode == 4, f"the agent was to die: exit code {done.returncode}: {done.stderr}"
+        eventually(f"it died, after {done.stderr}", lambda: self._agent() != "running", DIES_WITHIN_S)
         self._lab.lab("start", self._host)
 
     def _agent(self) -> str:
