@@ -5,14 +5,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import grpc
 import structlog
 
 from agent.config import Config
-from migrator import channel, status, wire
+from migrator import channel, priority, status, wire
 from migrator.errors import MigratorError, NotFound, Unreachable
 from migrator.handover import Incoming, Outgoing
 from migrator.network import Neighbour
@@ -172,9 +172,14 @@ class RemotePeer:
                     log.warning("a stream broke; it goes on when there is a connection", peer=self.host, why=str(error))
                     self._sleep(RETRY_S)
 
+    def _in_turn(self, requests: Iterator[peer_pb2.SendRequest]) -> Iterator[peer_pb2.SendRequest]:
+        """Runs in a thread of gRPC's, which ends with the stream."""
+        with nullcontext() if self._is_urgent else priority.behind_containers():
+            yield from requests
+
     def _attempt(self, stream: Outbound) -> None:
         failure: list[BaseException] = []
-        call = self._stub.Send(stream.attempt())
+        call = self._stub.Send(self._in_turn(stream.attempt()))
 
         def listen() -> None:
             try:

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import structlog
 
 from blockdev.errors import BlockError
-from migrator import faults, verify, wire
+from migrator import faults, priority, verify, wire
 from migrator.errors import ExecutionError, MigratorError, PeerError
 from migrator.handover import HandoverError, Incoming, IncomingJournal, Keep, Stage
 from migrator.network import Neighbour
@@ -100,7 +100,8 @@ class Arrival:
             self._expect(Stage.PREPARED)
             self._sending[first.stream] = connection
         try:
-            yield from self._inbound.receive(first, requests)
+            with nullcontext() if self._stands_still else priority.behind_containers():
+                yield from self._inbound.receive(first, requests)
             faults.point("destination.send")
             if not self._stands_still and self._sending.get(first.stream) is connection:
                 # So that little is left for the restore, beside which it is done once more.
