@@ -173,9 +173,13 @@ class RemotePeer:
                     self._sleep(RETRY_S)
 
     def _in_turn(self, requests: Iterator[peer_pb2.SendRequest]) -> Iterator[peer_pb2.SendRequest]:
-        """Runs in a thread of gRPC's, which ends with the stream."""
-        with nullcontext() if self._is_urgent else priority.behind_containers():
-            yield from requests
+        """Not the whole thread: those that gRPC starts in it stay, and would stay behind."""
+        while True:
+            with nullcontext() if self._is_urgent else priority.behind_containers():
+                request = next(requests, None)
+            if request is None:
+                return
+            yield request
 
     def _attempt(self, stream: Outbound) -> None:
         failure: list[BaseException] = []

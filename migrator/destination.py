@@ -100,8 +100,7 @@ class Arrival:
             self._expect(Stage.PREPARED)
             self._sending[first.stream] = connection
         try:
-            with nullcontext() if self._stands_still else priority.behind_containers():
-                yield from self._inbound.receive(first, requests)
+            yield from self._inbound.receive(first, requests)
             faults.point("destination.send")
             if not self._stands_still and self._sending.get(first.stream) is connection:
                 # So that little is left for the restore, beside which it is done once more.
@@ -413,7 +412,8 @@ class Arrival:
             raise PeerError("a piece of another migration in this stream", reason="OUT_OF_ORDER")
         self._expect(Stage.PREPARED)
         faults.point("destination.piece")
-        self._store.write(request)
+        with nullcontext() if self._stands_still else priority.behind_containers():
+            self._store.write(request)
 
 
 def is_live(state: "container_pb2.ContainerState") -> bool:
