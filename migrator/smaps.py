@@ -130,8 +130,9 @@ class SmapsFolder:
             self._written[pid] = text, rows
 
     def _remove(self, pid: int) -> None:
-        if self._written.pop(pid, None):
-            (self._folder / str(pid)).unlink()
+        self._written.pop(pid, None)
+        # Also what could be written only in part: CRIU would dump as many mappings.
+        (self._folder / str(pid)).unlink(missing_ok=True)
 
 
 def _composed(text: bytes, rows: bytes) -> tuple[bytes, list[tuple[int, int, int]]] | None:

@@ -22,6 +22,9 @@ from migrator.v1 import peer_pb2
 
 # Of a container that may have been another's pid before each; each has a file open here, and one of marks at the end.
 MAX_PROCESSES = 8192
+# What is kept in the host's memory, and how much of that is stored between two looks at what the host has left.
+IN_MEMORY = ("memory", "missing", "image", "images", targets.KIND)
+LOOK_BYTES = 32 << 20
 PID = re.compile(r"[1-9][0-9]{0,9}")
 
 
@@ -39,6 +42,7 @@ class Store:
         self._volumes: dict[str, tuple[int, int]] = {}
         self._pool = Path()
         self._memory: dict[Path, int] = {}
+        self._unseen_bytes = 0
         self._stack = ExitStack()
 
     def open(self) -> None:
@@ -71,6 +75,8 @@ class Store:
             raise PeerError(f"a target whose name has {len(request.target)} characters", reason="OUT_OF_ORDER")
         try:
             self._write(request)
+            if request.data and request.target.partition("/")[0] in IN_MEMORY:
+                self._look(request.length)
         except OSError as error:  # a disk that is full, an address beyond what a file can hold
             why = error.strerror
             if error.errno == errno.ENOSPC and request.target.startswith("memory/"):
@@ -107,6 +113,15 @@ class Store:
             write_file(log_file.parent, log_file.name, self._receiver.piece(request))
         else:
             raise PeerError(f"{wire.shown(request.target)} is nothing that is expected here", reason="OUT_OF_ORDER")
+
+    def _look(self, stored_bytes: int) -> None:
+        """Nothing else bounds what memfds hold, and a tmpfs may hold more than the host has."""
+        with self._lock:
+            self._unseen_bytes += stored_bytes
+            if self._unseen_bytes < LOOK_BYTES:
+                return
+            self._unseen_bytes = 0
+        wire.check_memory(0)
 
     def _memory_file(self, path_of: Callable[[Path, int], Path], pid: str) -> int:
         path = path_of(self._reservation.memory, int(pid))

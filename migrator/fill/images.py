@@ -70,11 +70,13 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
     amended = [next(messages)]
     mappings = _mappings(images, pid)
     ends = [vma.end for vma in mappings]
+    present_bytes = 0
     with _Checks(store, pid) as checks:
         for entry, start, end in _entries(messages):
             # A plain dump marks what could be lazy, and writes it all the same.
             if entry.flags & _PRESENT or not entry.flags & (_PARENT | _LAZY):
                 amended.append(_entry(start, end, _PRESENT))
+                present_bytes += end - start
                 continue
             for piece in _pieces(mappings, ends, start, end, pid):
                 amended.append(_entry(piece.start, piece.end, _LAZY if piece.lazy else _PARENT))
@@ -82,6 +84,10 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
                     checks.expect_all(piece.start, piece.end)
                     if piece.vdso:
                         checks.expect_data(piece.start, "[vdso]")
+    number = pagemap_pb2.pagemap_head.FromString(amended[0]).pages_id
+    # At the end of the file CRIU would go on trying for ever.
+    if present_bytes and (images / f"pages-{number}.img").stat().st_size < present_bytes:
+        raise ExecutionError("the images do not fit together: a file of pages is too short")
     _write(path, content[:HEADER_BYTES] + joined(amended))
 
 

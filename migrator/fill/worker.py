@@ -173,6 +173,8 @@ class Worker:
         if not self._sharers[space.owner]:
             file = self._files.pop(space.owner)
             if file is not None:
+                # CRIU's images have a link to it, too.
+                os.ftruncate(file, 0)
                 os.close(file)
                 page_store.path_of(self._store, space.owner).unlink(missing_ok=True)
             if space.owner in self._marks:

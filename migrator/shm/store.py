@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from blockdev import blocks
 from blockdev.blocks import Piece
-from migrator import wire
 from migrator.errors import PeerError
 from migrator.shm import targets
 from migrator.shm.targets import Target
@@ -15,8 +14,6 @@ from migrator.shm.targets import Target
 MAX_OBJECTS = 4096
 # What their offsets stay below.
 OFFSET_END = 1 << 48
-# How much is stored between two looks at what the host has left.
-LOOK_BYTES = 32 << 20
 
 
 class Stored(NamedTuple):
@@ -33,13 +30,10 @@ class SharedStore:
         self._objects: dict[tuple[bool, int], Stored] = {}
         # Of inode numbers that were used again. Another stream may be writing to one, so none is closed before the end.
         self._replaced: list[int] = []
-        self._unseen_bytes = 0
         self._lock = threading.Lock()
 
     def write(self, rest: str, piece: Piece) -> None:
         """A piece of the target `shared/` and `rest`. Raises PeerError, BlockError."""
-        if piece.data is not None:
-            self._look(piece.length)
         blocks.write(self._descriptor(targets.parse(rest)), piece, OFFSET_END)
 
     def memfd(self, number: int) -> int | None:
@@ -74,12 +68,3 @@ class SharedStore:
                 stored = Stored(target, os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
                 self._objects[key] = stored
             return stored.descriptor
-
-    def _look(self, length: int) -> None:
-        """Nothing but the host's memory bounds what memfds hold."""
-        with self._lock:
-            self._unseen_bytes += length
-            if self._unseen_bytes < LOOK_BYTES:
-                return
-            self._unseen_bytes = 0
-        wire.check_memory(length)

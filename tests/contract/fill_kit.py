@@ -106,6 +106,10 @@ class Victim:
             time.sleep(0.005)
         return self.lines(start)
 
+    def stored_bytes(self) -> int:
+        """Pages that are still in the store, also of files that have no name there any more."""
+        return sum(path.stat().st_blocks * 512 for path in self.images.glob("parent/pages-*.img"))
+
     def dump(self, *, whole: bool = False) -> None:
         """CRIU's images of the tree, stopped, and its pages in the store as the rounds would have put them there.
 

@@ -41,6 +41,7 @@ def test_every_page_is_right(made: Room, scenario: str) -> None:
         move(moved)
         status = moved.wait_until_filled()
         assert (status.state, status.left_bytes, status.restarts) == (State.DONE, 0, 0), moved.log()
+        assert moved.stored_bytes() == 0
         assert moved.wait_for("bad") == ["bad 0"]
 
 
@@ -171,6 +172,15 @@ def test_a_store_without_the_vdso_is_refused(made: Room) -> None:
         for file in moved.store.iterdir():
             os.truncate(file, 0)
         with pytest.raises(ExecutionError, match="vdso"):
+            moved.restore()
+
+
+def test_a_file_of_pages_that_is_too_short_is_refused(made: Room) -> None:
+    with victim(made, "none", 1) as moved:
+        moved.dump(whole=True)
+        (pages,) = moved.images.glob("pages-*.img")
+        os.truncate(pages, pages.stat().st_size - 4096)
+        with pytest.raises(ExecutionError, match="too short"):
             moved.restore()
 
 

@@ -1,5 +1,6 @@
 """What CRIU is given instead of /proc/PID/smaps says the same, of processes of many kinds."""
 
+import errno
 import json
 import os
 import subprocess
@@ -105,6 +106,23 @@ def test_small_processes_and_those_that_are_gone_are_left_out(smaps: Smaps, tmp_
         SmapsFolder(smaps, tmp_path / "made").write([small.pid, 1 << 22])
         assert list((tmp_path / "made").iterdir()) == []
         small.kill()
+
+
+@pytest.mark.parametrize("full_at", ["{pid}", "{pid}.modes"])
+def test_what_could_be_written_only_in_part_is_left_out(
+    smaps: Smaps, program: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    write_whole = Path.write_bytes
+
+    def write(path: Path, content: bytes) -> int:
+        if path.name != full_at.format(pid=program):
+            return write_whole(path, content)
+        write_whole(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    SmapsFolder(smaps, tmp_path / "made").write([program])
+    assert not (tmp_path / "made" / str(program)).exists()
 
 
 def test_criu_gets_it_by_the_shim(smaps: Smaps, program: int, tmp_path: Path, shim: Path) -> None:

@@ -8,36 +8,28 @@ import pytest
 from migrator import priority
 
 
-def niceness() -> int:
-    return os.getpriority(os.PRIO_PROCESS, 0)
+def seen_in_a_thread() -> list[int]:
+    seen = []
 
+    def work() -> None:
+        with priority.behind_containers():
+            seen.append(os.getpriority(os.PRIO_PROCESS, 0))
+        seen.append(os.getpriority(os.PRIO_PROCESS, 0))
 
-def in_a_thread(work: "list[int]") -> None:
-    with priority.behind_containers():
-        work.append(niceness())
-    work.append(niceness())
-
-
-def test_this_thread_alone() -> None:
-    before, seen = niceness(), list[int]()
-    thread = threading.Thread(target=in_a_thread, args=(seen,))
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen[0] == max(before, priority.NICENESS)
-    assert niceness() == before
-    if os.geteuid() == 0:
-        assert seen[1] == before
+    return seen
 
 
-def test_who_may_not_come_back_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_one_thread_to_the_end_of_the_block() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    behind = max(before, priority.NICENESS) if os.geteuid() == 0 else before
+    assert seen_in_a_thread() == [behind, before]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
-    def refuse(_: int, __: int, value: int) -> None:
-        asked.append(value)
-        if len(asked) == 2:
-            raise PermissionError
 
-    monkeypatch.setattr(os, "setpriority", refuse)
-    with priority.behind_containers():
-        pass
-    assert asked == [max(niceness(), priority.NICENESS), niceness()]
+def test_who_could_not_come_back_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(priority, "_may_come_back", lambda: False)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    assert seen_in_a_thread() == [before, before]

@@ -3,6 +3,8 @@
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import xxhash
@@ -11,11 +13,13 @@ import zstandard
 from agent.database import Database
 from agent.journal import KEPT, SCHEMA, Incomings, Outgoings
 from blockdev.blocks import BATCH_PIECES, Piece
+from migrator import store as store_module
 from migrator import wire
 from migrator.errors import InvalidArgument, PeerError
 from migrator.files import write_file
 from migrator.handover import HandoverError
 from migrator.shm.store import SharedStore
+from migrator.store import Store
 from migrator.stream import Digests, Receiver
 from migrator.v1 import peer_pb2
 
@@ -50,6 +54,28 @@ def test_a_full_file_system_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert status.f_bavail < status.f_blocks
     with pytest.raises(PeerError, match="nearly full"):
         write_file(tmp_path, "core-1.img", Piece(0, 1, b"x"))
+
+
+def test_a_host_with_little_memory_takes_no_more_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of nothing but zeros that travel packed count in full."""
+    reservation = SimpleNamespace(memory=tmp_path, images=tmp_path, shared=SharedStore())
+    page, rest = bytes(1 << 20), store_module.LOOK_BYTES >> 20
+    for target in ("memory/7", "shared/memfd/1/a", "image/pages-1.img"):
+        store = Store(cast("Any", reservation), live=True)
+        monkeypatch.setattr(wire, "memory_available_bytes", lambda: wire.MEMORY_RESERVE_BYTES - 1)
+        for number in range(rest):
+            piece = peer_pb2.SendRequest(
+                target=target, offset=number << 20, length=len(page), checksum=xxhash.xxh3_64_intdigest(page),
+                encoding=peer_pb2.ENCODING_ZSTD, data=zstandard.compress(page),
+            )  # fmt: skip
+            if number < rest - 1:
+                store.write(piece)
+        with pytest.raises(PeerError, match="of memory left") as refused:
+            store.write(piece)
+        assert refused.value.reason == "NO_MEMORY"
+        monkeypatch.undo()
+        store.write(piece)
+        store.close()
 
 
 def open_files() -> set[str]:
