@@ -94,8 +94,10 @@ class Store:
             wire.check_pool(self._pool, len(request.data))
             self._reservation.write_snapshot(name, self._receiver.piece(request))
         elif kind == "memory" and self._live and PID.fullmatch(name):
-            for piece in self._receiver.pieces(request):
-                blocks.write(self._memory_file(page_store.path_of, name), piece, ADDRESS_END)
+            pieces = self._receiver.pieces(request)
+            file = self._memory_file(page_store.path_of, name)
+            for piece in pieces:
+                blocks.write(file, piece, ADDRESS_END)
         elif kind == "missing" and self._live and PID.fullmatch(name):
             missing.make_pipes(self._reservation.memory)
             file = self._memory_file(missing.path_of, name)
