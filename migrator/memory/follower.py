@@ -16,7 +16,7 @@ from migrator.memory import descriptors, mappings, processes, reading
 from migrator.memory.errors import NotNow, ProcessGone, Untrackable
 from migrator.memory.everything import Everything
 from migrator.memory.mappings import Mapping
-from migrator.memory.pagemap import Pagemap, Regions
+from migrator.memory.pagemap import Pagemap
 from migrator.memory.processes import ProcessKey
 from migrator.memory.shared import Change, ObjectKey, SharedObject, is_memory, key_of
 from migrator.memory.tracker import Collected, Moment, Pids, ProcessChange, SharedChange
@@ -87,7 +87,6 @@ class Follower:
         self._unseen: dict[ObjectKey, list[Range]] = defaultdict(list)
         # With the container stopped, those that `compare` has told of.
         self._compared: set[ObjectKey] = set()
-        self._regions = Regions()
         # Device numbers whose files are no memory: disks, and devices that are mapped.
         self._no_memory: set[int] = set()
 
@@ -240,7 +239,7 @@ class Follower:
         # Without a pause a method that needs one leaves its marks for the next time.
         watch = Everything() if self.needs_pause and moment.is_running else followed.watch
         shared: dict[ObjectKey, list[Range]] = defaultdict(list)
-        with Pagemap(process.pid, self._regions) as source:
+        with Pagemap(process.pid) as source:
             # Also in the last look: registering may have joined mappings since, and CRIU has seen them so.
             known, asked, followed.mapped = followed.layout, followed.mapped, None
             layout = asked if asked and not moment.is_running else _layout(process.pid, known)

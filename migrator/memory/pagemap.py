@@ -9,8 +9,12 @@ import fcntl
 import functools
 import os
 import struct
+import threading
 from array import array
+from collections import deque
 from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from migrator.memory.errors import ProcessGone
@@ -24,7 +28,11 @@ WRITTEN, FILE, PRESENT, SWAPPED, ZERO_PAGE, SOFT_DIRTY = 1 << 1, 1 << 2, 1 << 3,
 _SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _PROTECT, _FAIL_IF_UNPROTECTABLE = 1, 2
 _ARGUMENT = struct.Struct("12Q")
-_REGIONS = 16384
+_REGIONS, _REGION_BYTES = 16384, 24
+# What is walked through by one thread at a time, and how many such parts there are at the most: a mapping may be large
+# and empty. What is found in so many is kept, of 24 bytes for each region.
+_PART_BYTES, _MOST_PARTS, _PARTS_AHEAD = 256 << 20, 256, 16
+_WALKERS = 8
 
 # Bits of an entry of the file.
 ENTRY_PRESENT, ENTRY_SWAPPED, ENTRY_FILE, ENTRY_SOFT_DIRTY = 1 << 63, 1 << 62, 1 << 61, 1 << 55
@@ -69,24 +77,16 @@ class Region(NamedTuple):
     categories: int
 
 
-class Regions:
-    """Where the kernel puts what a scan finds: for one thread at a time. To make it takes longer than a small scan."""
-
-    def __init__(self) -> None:
-        self.values = (ctypes.c_uint64 * (3 * _REGIONS))()
-
-
 class Pagemap:
     """The file of one process, of the memory that it has now: after exec it is of no use. Close it."""
 
-    def __init__(self, pid: int, regions: Regions | None = None) -> None:
+    def __init__(self, pid: int) -> None:
         # PAGEMAP_SCAN is allowed on a descriptor for reading.
         try:
             self.descriptor = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError) as error:
             raise ProcessGone(f"process {pid} is gone") from error
         self._pid = pid
-        self._regions = (regions or Regions()).values
 
     def __enter__(self) -> "Pagemap":
         return self
@@ -102,12 +102,46 @@ class Pagemap:
         for that, and what was found before it must not be relied on; ProcessGone. Page markers and guard regions are
         left out."""
         flags = (_PROTECT if protect else 0) | (_FAIL_IF_UNPROTECTABLE if protect or registered else 0)
-        buffer = ctypes.addressof(self._regions)
+        for values in self._walk(start, end, wanted, flags):
+            found = map(Region, values[0::3], values[1::3], values[2::3])
+            if not any(categories & SWAPPED for categories in set(values[2::3])):
+                yield from found
+                continue
+            for region in found:
+                if region.categories & SWAPPED:
+                    yield from self._without_markers(*region)
+                else:
+                    yield region
+
+    def _walk(self, start: int, end: int, wanted: Wanted, flags: int) -> Iterator["array[int]"]:
+        """What `_calls` yields, in order; a long range in parts, several at once: the kernel lets go of no processor in
+        4 ms for a GiB (Linux 6.18)."""
+        longest = max(_PART_BYTES, -(-(end - start) // _MOST_PARTS // PAGE_BYTES) * PAGE_BYTES)
+        if end - start <= longest:
+            yield from self._calls(start, end, wanted, flags)
+            return
+        walking: deque[Future[list[array[int]]]] = deque()
+        try:
+            for first in range(start, end, longest):
+                walking.append(_walkers().submit(self._called, first, min(first + longest, end), wanted, flags))
+                if len(walking) > _PARTS_AHEAD:
+                    yield from walking.popleft().result()
+            while walking:
+                yield from walking.popleft().result()
+        finally:
+            futures.wait(walking)  # they use the descriptor
+
+    def _called(self, start: int, end: int, wanted: Wanted, flags: int) -> "list[array[int]]":
+        return list(self._calls(start, end, wanted, flags))
+
+    def _calls(self, start: int, end: int, wanted: Wanted, flags: int) -> Iterator["array[int]"]:
+        """Of each call: start, end and categories of one region after the other."""
+        regions = _own_regions()
         inverted = wanted.none_of
         while start < end:
             argument = bytearray(
                 _ARGUMENT.pack(
-                    _ARGUMENT.size, flags, start, end, 0, buffer, _REGIONS, 0,
+                    _ARGUMENT.size, flags, start, end, 0, ctypes.addressof(regions), _REGIONS, 0,
                     inverted, wanted.all_of | inverted, wanted.one_of, wanted.told,
                 )
             )  # fmt: skip
@@ -120,12 +154,7 @@ class Pagemap:
                 raise type(error)(error.errno, f"PAGEMAP_SCAN: {error.strerror}", where) from error
             # Where all was walked through, the kernel leaves an earlier end of its own there, or none (Linux 6.18).
             start = _ARGUMENT.unpack(argument)[4] if count == _REGIONS else end
-            values = self._regions[: 3 * count]
-            for first, last, categories in zip(values[0::3], values[1::3], values[2::3], strict=True):
-                if categories & SWAPPED:
-                    yield from self._without_markers(first, last, categories)
-                else:
-                    yield Region(first, last, categories)
+            yield array("Q", memoryview(regions).cast("B")[: count * _REGION_BYTES].tobytes())
 
     def populated(self, area: Mapping) -> list[Region]:
         """What a mapping holds, private or shared, with SOFT_DIRTY where the kernel has it; on any kernel."""
@@ -150,6 +179,22 @@ class Pagemap:
         for held in runs(start, (0 if is_marker(entry) else 1 for entry in entries)):
             if held.categories:
                 yield Region(held.start, held.end, categories)
+
+
+@functools.cache
+def _walkers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_WALKERS, len(os.sched_getaffinity(0))), "pagemap")
+
+
+_own = threading.local()
+
+
+def _own_regions() -> "ctypes.Array[ctypes.c_uint64]":
+    """Where the kernel puts what it finds for this thread: to make it takes longer than a small scan."""
+    if not hasattr(_own, "regions"):
+        _own.regions = (ctypes.c_uint64 * (_REGIONS * 3))()
+    made: ctypes.Array[ctypes.c_uint64] = _own.regions
+    return made
 
 
 @functools.cache

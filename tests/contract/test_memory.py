@@ -220,8 +220,10 @@ def test_no_system_call_and_no_signal_is_disturbed(method: str, storm_program: P
 
 
 @pytest.mark.skipif(not pagemap.has_scan(), reason="this kernel has no PAGEMAP_SCAN")
-def test_a_look_at_many_regions_is_in_order() -> None:
+@pytest.mark.parametrize("part_mib", [4, 256, 1024])
+def test_a_look_at_many_regions_is_in_order(part_mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the kernel keeps before it hands them out (512), and than one call takes (16,384)."""
+    monkeypatch.setattr(pagemap, "_PART_BYTES", part_mib << 20)
     pages = 1 << 17
     with mmap.mmap(-1, pages * PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         start = address_of(memory)
@@ -231,6 +233,29 @@ def test_a_look_at_many_regions_is_in_order() -> None:
             with pagemap.Pagemap(os.getpid()) as source:
                 found = list(source.scan(start, start + len(memory), pagemap.ANONYMOUS))
             assert [(region.start - start) // PAGE_BYTES for region in found] == [3 * n for n in range(written)]
+
+
+@pytest.mark.skipif(not pagemap.has_scan(), reason="this kernel has no PAGEMAP_SCAN")
+def test_a_look_in_parts_fails_if_one_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagemap, "_PART_BYTES", 1 << 20)
+    descriptor = userfault.create()
+    userfault.agree(descriptor)
+    with mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        start = address_of(memory)
+        end, middle = start + len(memory), start + len(memory) // 2
+        memory[0] = memory[-1] = 1
+        with pagemap.Pagemap(os.getpid()) as source:
+            userfault.register(descriptor, start, middle)
+            with pytest.raises(PermissionError):
+                list(source.scan(start, end, pagemap.ANONYMOUS, protect=True))
+            userfault.register(descriptor, middle, end)
+            list(source.scan(start, end, pagemap.ANONYMOUS, protect=True))
+            memory[0] = 2
+            for expected in ([start], []):
+                found = source.scan(start, end, pagemap.ANONYMOUS, protect=True)
+                assert [region.start for region in found if region.categories & pagemap.WRITTEN] == expected
+        userfault.unregister(descriptor, start, end)
+    os.close(descriptor)
 
 
 @pytest.mark.skipif(not pagemap.has_scan(), reason="this kernel has no PAGEMAP_SCAN")
