@@ -137,9 +137,9 @@ class Departure:
                         with self._progress.step("last rounds"):
                             rounds.hurry()
                 with phase("freeze"):
-                    self._freeze(undo, prepared.checkpoint, rounds, rehearsal)
+                    sent = self._freeze(undo, prepared.checkpoint, rounds, outbox, rehearsal)
                 with phase("final"):
-                    self._final(rounds.disk, outbox)
+                    self._final(sent, rounds.disk)
                 with phase("restore"):
                     self._restore(outbox)
                 self._progress.commit()
@@ -271,12 +271,18 @@ class Departure:
         with self._progress.step("tasks"):
             self._container.freeze()
 
-    def _freeze(self, undo: ExitStack, checkpoint: Checkpoint | None, rounds: Rounds, rehearsal: ExitStack) -> None:
-        """Stop it, and send its memory and CRIU's images as they come."""
+    def _freeze(
+        self, undo: ExitStack, checkpoint: Checkpoint | None, rounds: Rounds, outbox: Outbox, rehearsal: ExitStack
+    ) -> "Future[None]":
+        """Stop it. Returns what ends when all that is left has been sent: its memory, CRIU's images as they come, and
+        its disk."""
         container, step = self._container, self._progress.step
+        dumped, frozen = Future[None](), Future[None]()
+        beside = undo.enter_context(ThreadPoolExecutor(1))
         if checkpoint is None:
             self._frozen_at = time.monotonic()
-            return
+            frozen.set_result(None)
+            return beside.submit(self._peer.send, self._rest(rounds.disk, outbox, frozen))
         neighbours = container.neighbours()
         rounds.stop(undo, self._stop_tasks)
         with step("traffic"):
@@ -284,29 +290,34 @@ class Departure:
             container.disconnect()
         faults.point("source.freeze")
         left_out = rounds.left_out()
-        dumped: Future[None] = Future()
-        with ThreadPoolExecutor(1) as beside:
-            sent = beside.submit(self._peer.send, rounds.last(dumped))
-            try:
-                with step("dump"):
-                    checkpoint.dump(left_out, self._progress.check)
-            except BaseException as error:
-                dumped.set_exception(error)
-                raise
+        sent = beside.submit(self._peer.send, chain(rounds.last(dumped), self._rest(rounds.disk, outbox, frozen)))
+        try:
+            with step("dump"):
+                checkpoint.dump(left_out, self._progress.check)
             dumped.set_result(None)
             faults.point("source.dump")
             with step("file system"):
                 rehearsal.close()
                 undo.callback(container.thaw_volumes)
                 container.freeze_volumes()
-            with step("images"):
-                sent.result()
+            frozen.set_result(None)
+        except BaseException as error:
+            for awaited in (dumped, frozen):
+                if not awaited.done():
+                    awaited.set_exception(error)
+            raise
+        return sent
 
-    def _final(self, copy: DiskCopy, outbox: Outbox) -> None:
-        """The disk's last delta; nothing changes any more."""
-        sender = outbox.sender()
+    def _rest(self, copy: DiskCopy, outbox: Outbox, frozen: "Future[None]") -> Iterator[peer_pb2.SendRequest]:
+        """The disk's last delta, and the log; nothing changes any more."""
+        frozen.result()
         copy.collect()
-        self._peer.send(chain(copy.requests(sender), outbox.log(sender, self._container.log)))
+        sender = outbox.sender()
+        yield from copy.requests(sender)
+        yield from outbox.log(sender, self._container.log)
+
+    def _final(self, sent: "Future[None]", copy: DiskCopy) -> None:
+        sent.result()
         if self._options.verify:
             with self._progress.step("verify"):
                 verify.compare(copy.sizes, copy.digests(), self._digests_there)
