@@ -2,29 +2,30 @@
 
 The volumes have just been mounted, and nothing of them is in memory. CRIU opens files one after the other and waits for
 the disk with each, and writes to pages of private mappings, which the kernel would read one after the other: 10 ms for
-a Redis, 30 for a PostgreSQL.
+a Redis, 30 for a PostgreSQL. No more than that is read: CRIU would wait for the disk behind it.
 """
 
 import os
 import stat
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pycriu.images import fdinfo_pb2, mm_pb2
+from pycriu.images import fdinfo_pb2, mm_pb2, pagemap_pb2
 
 from agent.rootfs import opened_in
 from blockdev.extents import Range
 from migrator.images import entries, read
+from migrator.memory.pagemap import PAGE_BYTES
 
-# Of a mapping: all of what programs have written to, and not all of a large file of constants.
+# Of pages in a row: what is longer the kernel reads ahead by itself.
 _MOST_BYTES = 2 << 20
 _AT_ONCE = 8
-# Of mmap(2).
-_PROT_EXEC, _MAP_PRIVATE = 0x4, 0x2
+_MAP_PRIVATE = 0x2  # of mmap(2)
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,39 @@ def _read_all(threads: ThreadPoolExecutor, images: Path, volumes: Mapping[str, s
 
 
 def wanted(images: Path) -> Iterator[Wanted]:
-    """The files that are open or mapped, by CRIU's images. Of private mappings the contents are wanted, but not code:
-    to read it, too, takes longer than it saves."""
+    """The files that are open or mapped, by CRIU's images. Of private mappings those pages are wanted that CRIU will
+    write to: what a process has only looked at is left to it, since to read that, too, takes longer than it saves."""
     parts: dict[int, set[Range]] = defaultdict(set)
     for name in os.listdir(images):  # noqa: PTH208  # half the time of Path.iterdir
-        if not (name.startswith("mm-") and name.endswith(".img")):
-            continue
-        for message in entries(read(images / name)):
-            for vma in mm_pb2.mm_entry.FromString(message).vmas:
-                if vma.shmid and vma.flags & _MAP_PRIVATE and not vma.prot & _PROT_EXEC:
-                    length = min(vma.end - vma.start, _MOST_BYTES)
-                    parts[vma.shmid].add(Range(vma.pgoff, vma.pgoff + length))
+        if name.startswith("mm-") and name.endswith(".img"):
+            for file, part in _written(images, name.removeprefix("mm-")):
+                parts[file].add(part)
     for message in entries(read(images / "files.img")):
         file = fdinfo_pb2.file_entry.FromString(message)
         if file.type == fdinfo_pb2.REG:
             yield Wanted(file.reg.name, frozenset(parts.get(file.id, ())))
+
+
+def _written(images: Path, process: str) -> Iterator[tuple[int, Range]]:
+    """Files by number, and what of them a process has pages of its own in the place of."""
+    _head, *rest = entries(read(images / f"pagemap-{process}"))
+    found = [pagemap_pb2.pagemap_entry.FromString(message) for message in rest]
+    pages = [(entry.vaddr, entry.vaddr + (entry.nr_pages or entry.compat_nr_pages) * PAGE_BYTES) for entry in found]
+    for message in entries(read(images / f"mm-{process}")):
+        for vma in mm_pb2.mm_entry.FromString(message).vmas:
+            if vma.shmid and vma.flags & _MAP_PRIVATE:
+                for start, end in _within(pages, vma.start, vma.end):
+                    first = vma.pgoff + start - vma.start
+                    yield vma.shmid, Range(first, first + min(end - start, _MOST_BYTES))
+
+
+def _within(pages: Sequence[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    for number in range(max(0, bisect_right(pages, (start, start)) - 1), len(pages)):
+        first, last = max(start, pages[number][0]), min(end, pages[number][1])
+        if pages[number][0] >= end:
+            return
+        if first < last:
+            yield first, last
 
 
 def _read(root: Path, path: str, parts: frozenset[Range]) -> None:

@@ -27,6 +27,13 @@ def read(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
+def replace(path: str | Path, header: bytes, messages: Sequence[bytes]) -> None:
+    """Write another image in its place, in one step: the restorer may be reading it (agent/read_ahead.py)."""
+    written = Path(f"{path}.new")
+    written.write_bytes(header + joined(messages))
+    written.replace(path)
+
+
 def rearm_timers(images: Path) -> None:
     """Let periodic timerfds go on that expired between the freeze and the dump.
 
@@ -47,7 +54,7 @@ def rearm_timers(images: Path) -> None:
     if stopped:
         for timer in stopped:
             timer.vsec, timer.vnsec = timer.isec, timer.insec
-        path.write_bytes(content[:HEADER_BYTES] + joined([entry.SerializeToString() for entry in files]))
+        replace(path, content[:HEADER_BYTES], [entry.SerializeToString() for entry in files])
 
 
 def last_errors(log: Path) -> str:

@@ -53,8 +53,6 @@ _KINDS = [
 ]
 _TRIES = 5
 _DIGITS = [b"%x" % digit for digit in range(16)]
-# Of a process' memory: the kernel looks through less in the time that all this takes.
-_MUCH_PAGES = (8 << 20) // mmap.PAGESIZE
 
 log = structlog.get_logger()
 
@@ -107,13 +105,9 @@ class SmapsFolder:
         folder.mkdir(mode=0o700, exist_ok=True)
 
     def write(self, pids: Iterable[int]) -> None:
-        """Of those with much memory. Where it cannot be told, or one has a flag that is not known here, CRIU asks the
-        kernel."""
+        """Where it cannot be told, or a mapping has a flag that is not known here, CRIU asks the kernel."""
         for pid in pids:
             try:
-                if int(Path(f"/proc/{pid}/statm").read_text().split()[1]) < _MUCH_PAGES:
-                    self._remove(pid)
-                    continue
                 told = mappings.text(pid), self._smaps.read(pid)
                 if self._written.get(pid) != told:
                     self._remove(pid)

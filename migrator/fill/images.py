@@ -25,7 +25,7 @@ from migrator.fill import store as page_store
 from migrator.fill.missing import Marks
 from migrator.fill.spaces import Segment
 from migrator.fill.store import ADDRESS_END, PAGE_BYTES
-from migrator.images import HEADER_BYTES, entries, joined, read
+from migrator.images import HEADER_BYTES, entries, joined, read, replace
 
 # CRIU counts pages of a lazy entry in an int of bytes.
 LARGEST_ENTRY_BYTES = 64 << 20
@@ -88,7 +88,7 @@ def prepare_process(images: Path, store: Path, pid: int) -> None:
     # At the end of the file CRIU would go on trying for ever.
     if present_bytes and (images / f"pages-{number}.img").stat().st_size < present_bytes:
         raise ExecutionError("the images do not fit together: a file of pages is too short")
-    _write(path, content[:HEADER_BYTES] + joined(amended))
+    replace(path, content[:HEADER_BYTES], amended)
 
 
 def _make_parent(parent: Path, number: int, pages: Path, pagemap: str) -> None:
@@ -206,14 +206,6 @@ def _read(path: str) -> bytes:
         return read(path)
     except FileNotFoundError as error:
         raise ExecutionError(f"the images do not fit together: {path} is missing") from error
-
-
-def _write(path: str, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, content)
-    finally:
-        os.close(descriptor)
 
 
 _PAGEMAP_HEADER = struct.pack("<II", by_name["IMG_COMMON"], by_name["PAGEMAP"])

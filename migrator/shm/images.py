@@ -21,7 +21,7 @@ from pycriu.images import fdinfo_pb2, fown_pb2, ipc_shm_pb2, memfd_pb2, mm_pb2, 
 from blockdev import extents
 from blockdev.extents import Range
 from migrator.errors import ExecutionError
-from migrator.images import HEADER_BYTES, entries, joined, read
+from migrator.images import HEADER_BYTES, entries, read, replace
 from migrator.memory.pagemap import PAGE_BYTES
 from migrator.shm.store import SharedStore
 
@@ -135,9 +135,9 @@ def _amend_memfds(images: Path, store: SharedStore) -> Amended:
             is_writable = file.memfd.flags & os.O_ACCMODE == os.O_RDWR
             inherited.append(Inherited(f"/memfd:{clone.name}", descriptor, is_writable, file.memfd.pos))
             next_id += 1
-    _write(images / "files.img", header, [file.SerializeToString() for file in files])
+    replace(images / "files.img", header, [file.SerializeToString() for file in files])
     head = read(images / "memfd.img")[:HEADER_BYTES]
-    _write(images / "memfd.img", head, [inode.SerializeToString() for inode in amended])
+    replace(images / "memfd.img", head, [inode.SerializeToString() for inode in amended])
     return Amended(inherited, seals)
 
 
@@ -175,7 +175,7 @@ def _split_mapped(
                 next_id += 1
             vma.shmid = made[kind].id
         if memfds:
-            _write(path, content[:HEADER_BYTES], [space.SerializeToString() for space in spaces])
+            replace(path, content[:HEADER_BYTES], [space.SerializeToString() for space in spaces])
     return list(made.values())
 
 
@@ -240,7 +240,7 @@ def _write_pages(images: Path, number: int, descriptor: int) -> None:
                 _copy(descriptor, part, output)
     finally:
         os.close(output)
-    _write(path, content[:HEADER_BYTES], messages)
+    replace(path, content[:HEADER_BYTES], messages)
 
 
 def _copy(source: int, part: Range, output: int) -> None:
@@ -248,10 +248,3 @@ def _copy(source: int, part: Range, output: int) -> None:
         data = os.pread(source, piece.length, piece.start).ljust(piece.length, b"\0")
         if os.write(output, data) != len(data):
             raise ExecutionError("the folder of CRIU's images is full")
-
-
-def _write(path: Path, header: bytes, messages: list[bytes]) -> None:
-    # In one step: the restorer may be reading it (agent/read_ahead.py).
-    written = path.with_suffix(".new")
-    written.write_bytes(header + joined(messages))
-    written.replace(path)

@@ -1,4 +1,4 @@
-"""What a restore will need of a volume is in memory, of no other file anything, and nothing outside is touched."""
+"""What a restore will write to of a volume is in memory, of no other file anything, and nothing outside is touched."""
 
 import ctypes
 import mmap
@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from pycriu.images import fdinfo_pb2, fown_pb2, mm_pb2, regfile_pb2, vma_pb2
+from pycriu.images import fdinfo_pb2, fown_pb2, mm_pb2, pagemap_pb2, regfile_pb2, vma_pb2
 
 from agent import read_ahead
 from migrator.images import joined
@@ -15,27 +15,36 @@ from migrator.memory.own import address_of
 from tests.contract.memory_kit import eventually
 
 PAGES = 1024
-PRIVATE, SHARED, EXECUTABLE = 0x2, 0x1, 0x4
+PRIVATE, SHARED = 0x2, 0x1
+APART = 1 << 30
+PARENT, LAZY = 1, 2
 
 
-def test_what_will_be_mapped_is_read(tmp_path: Path) -> None:
+def test_what_will_be_written_is_read(tmp_path: Path) -> None:
     volume, other = tmp_path / "root", tmp_path / "other"
     files = [
-        _file(place / name) for place, name in ((volume, "data"), (volume, "code"), (volume, "open"), (other, "x"))
+        _file(place / name)
+        for place, name in ((volume, "data"), (volume, "untouched"), (volume, "open"), (volume, "shared"), (other, "x"))
     ]
     (volume / "link").symlink_to("/data")
     images = _images(
         tmp_path,
-        [(1, "link"), (2, "code"), (3, "open"), (4, "mnt/x"), (5, "missing"), (6, "../other/x")],
-        [(1, 0, 16, PRIVATE, 1), (2, 0, 16, PRIVATE, EXECUTABLE), (4, 512, PAGES, PRIVATE, 3), (6, 0, 8, PRIVATE, 1)],
+        [(1, "link"), (2, "untouched"), (3, "open"), (4, "shared"), (5, "missing"), (6, "../other/x"), (7, "mnt/x")],
+        [
+            (1, 0, 64, PRIVATE, [(8, 8, PARENT), (32, 4, LAZY)]),
+            (2, 0, 64, PRIVATE, []),
+            (4, 0, 64, SHARED, [(0, 64, PARENT)]),
+            (6, 0, 8, PRIVATE, [(0, 8, PARENT)]),
+            (7, 512, PAGES, PRIVATE, [(0, PAGES, PARENT)]),
+        ],
     )
-    assert [_cached(file) for file in files] == [0, 0, 0, 0]
+    assert [_cached(file) for file in files] == [0] * 5
     read_ahead.begin(images, {"/": str(volume), "/mnt": str(other)})
-    data, code, opened, mounted = files
-    eventually("it is read", lambda: _cached(data) >= 16 and _cached(mounted) >= PAGES // 2)
-    assert (_cached(code), _cached(opened)) == (0, 0)
+    data, untouched, opened, shared, mounted = files
     # From where it is mapped on: what "../other/x" would lead to is not read.
-    assert _cached(mounted) == PAGES // 2
+    eventually("it is read", lambda: _cached(data) >= 12 and _cached(mounted) >= PAGES // 2)
+    assert (_cached(data), _cached(mounted)) == (12, PAGES // 2)
+    assert (_cached(untouched), _cached(opened), _cached(shared)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", struct.pack("<III", 0, 0, 1 << 30)])
@@ -55,7 +64,10 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _images(folder: Path, files: list[tuple[int, str]], mapped: list[tuple[int, int, int, int, int]]) -> Path:
+def _images(
+    folder: Path, files: list[tuple[int, str]], mapped: list[tuple[int, int, int, int, list[tuple[int, int, int]]]]
+) -> Path:
+    """Files by number; mappings of one by its number, first page, pages and flags, with the pages of its own in it."""
     images = folder / "images"
     images.mkdir()
     nobody = fown_pb2.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
@@ -68,19 +80,27 @@ def _images(folder: Path, files: list[tuple[int, str]], mapped: list[tuple[int, 
     for name in space.DESCRIPTOR.fields:
         if name.is_required:
             setattr(space, name.name, 0)
-    for number, first, count, flags, protection in mapped:
+    head = pagemap_pb2.pagemap_head(pages_id=1).SerializeToString()
+    held = []
+    for place, (number, first, count, flags, pages) in enumerate(mapped):
+        start = place * APART
         space.vmas.append(
             vma_pb2.vma_entry(
-                start=0,
-                end=count * mmap.PAGESIZE,
+                start=start,
+                end=start + count * mmap.PAGESIZE,
                 pgoff=first * mmap.PAGESIZE,
                 shmid=number,
-                prot=protection,
+                prot=0,
                 flags=flags,
                 status=0,
                 fd=-1,
             )
         )
+        for page, length, kind in pages:
+            at = start + page * mmap.PAGESIZE
+            entry = pagemap_pb2.pagemap_entry(vaddr=at, compat_nr_pages=length, nr_pages=length, flags=kind)
+            held.append(entry.SerializeToString())
+    (images / "pagemap-1.img").write_bytes(bytes(8) + joined([head, *held]))
     (images / "mm-1.img").write_bytes(bytes(8) + joined([space.SerializeToString()]))
     return images
 
