@@ -1,5 +1,6 @@
 """Contents of a file remembered as a digest per page, to find what has changed in it by any way of writing."""
 
+import mmap
 import os
 import secrets
 from array import array
@@ -28,21 +29,28 @@ class Digests:
         self._seed = secrets.randbits(64)
         self._buffer = bytearray(_PIECE_BYTES)
 
-    def changed(self, descriptor: int, ranges: Iterable[Range]) -> list[Range]:
+    def changed(self, descriptor: int, ranges: Iterable[Range], mapped: mmap.mmap | None = None) -> list[Range]:
         """The pages in these ranges (whole pages) of the file that are not as they were when last looked at, in order.
 
         They are looked at by this: what is in them now is what later looks are compared to, unless `seen` says better.
+        In what is `mapped` of the file, from its beginning on, they are looked at without being copied: nobody is to
+        make it shorter meanwhile.
         """
         found: list[Range] = []
-        with memoryview(self._buffer) as view:
+        with memoryview(self._buffer) as buffer, memoryview(mapped or b"") as there:
             for piece in pieces(ranges, _PIECE_BYTES):
-                length = os.preadv(descriptor, [view[: piece.length]], piece.start)
-                # The last page of a file may be a part of one: the rest of it is zeros.
-                padded = -(-length // PAGE_BYTES) * PAGE_BYTES
-                view[length:padded] = bytes(padded - length)
+                if piece.end <= len(there):
+                    view = there[piece.start : piece.end]
+                else:
+                    length = os.preadv(descriptor, [buffer[: piece.length]], piece.start)
+                    # The last page of a file may be a part of one: the rest of it is zeros.
+                    padded = -(-length // PAGE_BYTES) * PAGE_BYTES
+                    buffer[length:padded] = bytes(padded - length)
+                    view = buffer[:padded]
                 known = self._pieces.setdefault(piece.start // _PIECE_BYTES, array("Q", _NOTHING_KNOWN))
-                for block in pieces([Range(piece.start, piece.start + padded)], _BLOCK_BYTES):
+                for block in pieces([Range(piece.start, piece.start + len(view))], _BLOCK_BYTES):
                     self._look(known, block, view[block.start - piece.start : block.end - piece.start], found)
+                view.release()
         return found
 
     def seen(self, start: int, data: memoryview) -> None:

@@ -8,9 +8,11 @@ ctime (fine-grained from Linux 6.13 on, in ticks before).
 """
 
 import ctypes
+import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from blockdev import extents
@@ -27,6 +29,9 @@ _TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
 _SYSTEM_V = "/SYSV"
 
 _REALTIME_COARSE = 5  # of linux/time.h
+_MADV_POPULATE_READ = 22  # of asm-generic/mman-common.h, Linux 5.14
+# A shorter one is read as fast; of a longer one the page tables would be much of this process' memory.
+_LEAST_MAPPED_BYTES, _MOST_MAPPED_BYTES = 1 << 20, 8 << 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -64,10 +69,11 @@ class SharedObject:
         self._changed_ns, self._blocks = -1, -1
         # As long as another write could have left the same ctime behind.
         self._settled = False
+        self._mapped: mmap.mmap | None = None
 
     def look(self, candidates: Iterable[Range], *, at_all: bool) -> Change:
-        """What has changed since the last look, judged by content, among the candidates (offsets), or `at_all` that is
-        there. Written by descriptor is found in either case."""
+        """What has changed since the last look, judged by content, among the candidates (offsets), or, with all who use
+        it stopped, `at_all` that is there. Written by descriptor is found in either case."""
         status = os.fstat(self.descriptor)
         by_descriptor = not self._settled or status.st_ctime_ns != self._changed_ns
         self._changed_ns = status.st_ctime_ns
@@ -87,8 +93,32 @@ class SharedObject:
             # Also those that came to be without a trace in the page tables of the processes that are there.
             new = extents.subtract(populated, self._populated)
             look_at = extents.intersect(extents.merge([*candidates, *new]), populated)
+        if not at_all:
+            self._map(populated, extents.subtract(populated, self._populated))
         self._populated = populated
-        return Change(self._digests.changed(self.descriptor, look_at), gone)
+        mapped = self._mapped if at_all and self._mapped and len(self._mapped) <= self.size_bytes else None
+        return Change(self._digests.changed(self.descriptor, look_at, mapped), gone)
+
+    def _map(self, populated: list[Range], new: list[Range]) -> None:
+        """So that a look at all of it, while nothing runs, need not copy it, which takes as long again. Only what is
+        there is touched: a page that is not would come to be."""
+        length = self.size_bytes // PAGE_BYTES * PAGE_BYTES
+        # Of a file with a name others could cut off a part, which would end this process (SIGBUS).
+        has_name = os.fstat(self.descriptor).st_nlink > 0
+        is_huge = os.fstatvfs(self.descriptor).f_bsize != PAGE_BYTES
+        if has_name or is_huge or not _LEAST_MAPPED_BYTES <= length <= _MOST_MAPPED_BYTES:
+            return
+        with suppress(OSError, ValueError):  # an older kernel, or it is shorter by now: what is not mapped is read
+            if self._mapped is None or len(self._mapped) != length:
+                self._unmap()
+                self._mapped, new = mmap.mmap(self.descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ), populated
+            for part in extents.intersect(new, [Range(0, length)]):
+                self._mapped.madvise(_MADV_POPULATE_READ, part.start, part.length)
+
+    def _unmap(self) -> None:
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            mapped.close()
 
     def read(self, ranges: Iterable[Range]) -> Iterator[Batch]:
         """What is in it now, which later looks are compared to."""
@@ -100,6 +130,7 @@ class SharedObject:
 
     def close(self) -> None:
         """Let go of it."""
+        self._unmap()
         os.close(self.descriptor)
 
 
