@@ -18,7 +18,7 @@ from migrator.errors import ExecutionError
 from migrator.fill import images as fill_images
 from migrator.fill import missing
 from migrator.fill.store import ADDRESS_END
-from migrator.memory import Collected, MemoryTracker, Moment, ProcessGone, ProcessKey
+from migrator.memory import Collected, MemoryTracker, Moment, ProcessChange, ProcessGone, ProcessKey
 from migrator.shm.copy import SharedCopy
 from migrator.stream import MAX_PIECE_BYTES, Sender
 from migrator.v1 import peer_pb2
@@ -41,8 +41,11 @@ class MemoryCopy:
         self._shared = SharedCopy(tracker)
         self._written: dict[ProcessKey, list[Range]] = {}
         self._gone: dict[ProcessKey, list[Range]] = {}
-        # Those that the last collect has found.
-        self._last: list[ProcessKey] = []
+        # Those that the last collect has found, and of these those that were looked at ahead of the next one.
+        self._found: list[ProcessKey] = []
+        self._ahead: set[ProcessKey] = set()
+        # Where the kernel's own code is in each process, once that is to be sent.
+        self._vdso: dict[ProcessKey, list[Range]] = {}
         # Their pids inside the container.
         self._inside: dict[ProcessKey, int] = {}
         # Which process each target holds: a pid may be used again.
@@ -70,16 +73,12 @@ class MemoryCopy:
         for note in found.notes:
             log.info("memory", note=note)
         for change in found.processes:
-            key = change.process
-            self._written[key] = extents.merge([*self._written.get(key, []), *change.written])
-            self._gone[key] = extents.merge([*self._gone.get(key, []), *change.gone])
+            self._take(change)
         for key in found.ended:
-            self._written.pop(key, None)
-            self._gone.pop(key, None)
-            self._inside.pop(key, None)
-        if moment is Moment.LAST:
-            self._last = [change.process for change in found.processes]
-            self._add_vdso()
+            for known in (self._written, self._gone, self._inside, self._vdso):
+                known.pop(key, None)
+        self._found = [change.process for change in found.processes]
+        self._ahead.clear()
         self.shared_bytes = self._shared.add(found, moment)
         written = sum(map(extents.total, self._written.values())) + extents.total(found.unseen)
         return written + self.shared_bytes
@@ -88,9 +87,19 @@ class MemoryCopy:
         """With the container frozen: the shared memory that CRIU need not dump."""
         return self._shared.left_out()
 
+    def collect_dumped(self, images: Path) -> None:
+        """While CRIU dumps into `images`, after the collect with the container stopped: look for the last time at those
+        processes that it has done with. It then writes the image of this name (cr-dump.c, CRIU 4.2)."""
+        for key in self._found:
+            with suppress(ProcessGone):
+                if key not in self._ahead and (images / f"fs-{self._number(key)}.img").exists():
+                    self._ahead.add(key)
+                    if change := self._tracker.collect_ahead(key):
+                        self._take(change)
+
     def complete(self, images: Path) -> None:
         """After the last collect: amend CRIU's dump with the memory that it was kept from looking through."""
-        for key in self._last:
+        for key in self._found:
             with suppress(ProcessGone):
                 inside, areas = self._number(key), self._tracker.areas(key)
                 pageless.add_pages(images, inside, self._tracker.populated(key), areas)
@@ -105,11 +114,14 @@ class MemoryCopy:
             raise ExecutionError(f"what is read into memory could be missed: {'; '.join(problems)}", reason="DIRECT_IO")
         return self._tracker.collect(moment)
 
-    def _add_vdso(self) -> None:
-        """The kernel's own code in each process, which is no memory of the process: but CRIU looks at the old one."""
-        for key in self._last:
-            areas = self._tracker.areas(key)
-            self._written[key].extend(Range(area.start, area.end) for area in areas if area.name == "[vdso]")
+    def _take(self, change: ProcessChange) -> None:
+        key = change.process
+        # The kernel's own code, which is no memory of the process: but CRIU looks at the old one.
+        vdso = [Range(area.start, area.end) for area in self._tracker.areas(key) if area.name == "[vdso]"]
+        new = vdso if self._vdso.get(key) != vdso else []
+        self._vdso[key] = vdso
+        self._written[key] = extents.merge([*self._written.get(key, []), *change.written, *new])
+        self._gone[key] = extents.merge([*self._gone.get(key, []), *change.gone])
 
     def requests(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         """All that was collected and not yet sent."""

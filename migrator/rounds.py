@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import chain
@@ -31,6 +32,7 @@ LAST_ROUNDS, LAST_ROUNDS_S, LITTLE_BYTES = 6, 2.0, 1 << 20
 SYNCS, SHORT_SYNC_S = 3, 0.01
 # What takes longer to send is not sent once more just before: as much would be left.
 LAST_ROUND_S = 0.25
+DUMP_POLL_S = 0.003
 # Of CRIU's images: those that travel many at a time.
 SMALL_BYTES = 64 << 10
 
@@ -160,9 +162,13 @@ class Rounds:
             self.disk.sync()
             self.disk.collect()
             yield from self.disk.requests(sender)
+        # CRIU has written to its processes: system calls into their code, which it took back.
+        while self._memory and not dumped.done():
+            self._memory.collect_dumped(self._container.images)
+            yield from self._changed(sender)
+            futures.wait([dumped], DUMP_POLL_S)
         dumped.result()
         if self._memory:
-            # CRIU has written to them: system calls into their code, which it took back.
             with self._progress.step("last collect"):
                 self._memory.collect(Moment.LAST)
                 self._memory.complete(self._container.images)

@@ -4,7 +4,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Self
@@ -64,6 +64,8 @@ class _Followed:
     # What it has open and mapped, if it has stood still since that was asked.
     opened: descriptors.Open | None = None
     mapped: _Layout | None = None
+    # What `collect_ahead` has told of, and the LAST collect has not to look at.
+    ahead: "_Found | None" = None
     direct_devices: set[int] = field(default_factory=set)
 
 
@@ -115,11 +117,12 @@ class Follower:
         for process in self._processes():
             try:
                 followed = self._follow(process, moment, result)
-                found = self._look(process, followed, moment, result)
+                ahead, followed.ahead = followed.ahead, None
+                found = ahead if ahead and moment is Moment.LAST else self._look(process, followed, moment, result)
             except ProcessGone:
                 continue
             alive.add(process)
-            for key, ranges in found.shared.items():
+            for key, ranges in chain(found.shared.items(), ahead.shared.items() if ahead else ()):
                 candidates[key].extend(ranges)
             result.processes.append(change := _change(process, followed, found, moment))
             # Of one that is not watched yet page tables say nothing.
@@ -172,6 +175,18 @@ class Follower:
         self._unseen.clear()
         self._compared = set(self._objects)
         return [self._told(item, item.look([], at_all=True)) for item in self._objects.values()]
+
+    def collect_ahead(self, process: ProcessKey) -> ProcessChange | None:
+        """See MemoryTracker."""
+        followed = self._followed.get(process)
+        if followed is None or not followed.stands_still:
+            return None
+        try:
+            found = self._look(process, followed, Moment.LAST, Collected())
+        except ProcessGone:
+            return None
+        followed.ahead = replace(found, scan=Scan(found.scan.populated))
+        return _change(process, followed, found, Moment.LAST)
 
     def status(self, key: ObjectKey) -> os.stat_result:
         """See MemoryTracker."""

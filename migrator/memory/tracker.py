@@ -128,6 +128,10 @@ class MemoryTracker(Protocol):
 
         It may be called in another thread while nothing else asks the tracker."""
 
+    def collect_ahead(self, process: ProcessKey) -> ProcessChange | None:
+        """After a STOPPED collect: what has changed in one process since. Nothing writes to it any more: a LAST collect
+        does not look at its private memory again. None if it has to."""
+
     def status(self, key: ObjectKey) -> os.stat_result:
         """Of an object that the last collect reported."""
 

@@ -6,8 +6,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -19,13 +19,16 @@ from blockdev import extents
 from blockdev.extents import Range
 from migrator.memory import (
     METHODS,
+    Collected,
     MemoryTracker,
     Moment,
+    ProcessGone,
     descriptors,
     make,
     mappings,
     pagemap,
     probe,
+    processes,
     userfault,
     write_protect,
 )
@@ -87,9 +90,17 @@ class Followed:
             self.replica.apply(self.tracker.collect(Moment.PAUSED if moment.is_running else moment))
             if moment is Moment.STOPPED:
                 self.replica.take(self.tracker.compare())
+                self.ahead(self.child.pids()[::2])
                 self.replica.apply(self.tracker.collect(Moment.LAST))
         finally:
             self.child.thaw()
+
+    def ahead(self, pids: Sequence[int]) -> None:
+        """Take the last look at some of its processes before the others."""
+        for pid in pids:
+            with suppress(ProcessGone):
+                if change := self.tracker.collect_ahead(processes.key(pid)):
+                    self.replica.apply(Collected([change]))
 
     def end(self) -> None:
         """The last round, and then nothing differs; the child goes on."""
@@ -171,6 +182,7 @@ def test_one_that_was_stopped_may_go_on(follow: Callable[[], Followed], compared
         followed.replica.apply(followed.tracker.collect(Moment.STOPPED))
         if compared:
             followed.replica.take(followed.tracker.compare())
+            followed.ahead(followed.child.pids())
         followed.child.thaw()
         time.sleep(0.05)
         followed.round()
@@ -178,7 +190,8 @@ def test_one_that_was_stopped_may_go_on(follow: Callable[[], Followed], compared
         followed.child.say("w 0 0 0 0")
 
 
-def test_what_is_written_to_a_stopped_one(follow: Callable[[], Followed]) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_is_written_to_a_stopped_one(follow: Callable[[], Followed], ahead: bool) -> None:
     """From outside, as CRIU puts system calls into its code: a page of each mapping, one that is not there included."""
     followed = follow()
     for slot in range(3):
@@ -196,8 +209,12 @@ def test_what_is_written_to_a_stopped_one(follow: Callable[[], Followed]) -> Non
                     byte = memory.read(1)
                     memory.seek(at)
                     memory.write(bytes([byte[0] ^ 1]))
-    followed.replica.apply(followed.tracker.collect(Moment.LAST))
+    if ahead:
+        followed.ahead([pid])
+        assert followed.replica.differences([pid]) == []
+    last = followed.replica.apply(followed.tracker.collect(Moment.LAST))
     assert followed.replica.differences([pid]) == []
+    assert any(change.written for change in last.processes) != ahead
 
 
 def test_no_system_call_and_no_signal_is_disturbed(method: str, storm_program: Path) -> None:

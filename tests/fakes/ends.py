@@ -205,6 +205,10 @@ class FakeMemory:
     def compare(self) -> list[SharedChange]:
         return []
 
+    def collect_ahead(self, process: ProcessKey) -> ProcessChange | None:
+        assert process == self.process
+        return None
+
     def status(self, key: ObjectKey) -> os.stat_result:
         assert key == self.shared.key
         return Path("/").stat()
