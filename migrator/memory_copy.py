@@ -1,6 +1,6 @@
 """The memory's share of a migration at the source: everything populated once, then rounds over what was written.
 
-Each process is a target of its own, named by its pid inside the container; offsets are its addresses.
+A process is named by its pid inside the container; offsets are its addresses.
 """
 
 import os
@@ -26,16 +26,25 @@ from migrator.v1 import peer_pb2
 log = structlog.get_logger()
 
 
+FEATURE = "memory-together-v1"
+
+
 class MemoryCopy:
-    """Copies the memory of one container's processes, private and shared."""
+    """Copies the memory of one container's processes, private and shared.
+
+    `together` if the destination takes several processes in one request (`FEATURE`).
+    """
 
     def __init__(
         self,
         tracker: MemoryTracker,
         pid_inside: Callable[[int], int],
         pause: Callable[[], AbstractContextManager[None]],
+        *,
+        together: bool = True,
     ) -> None:
         self._tracker = tracker
+        self._together = together
         self._pause = pause
         self._pid_inside = pid_inside
         self._shared = SharedCopy(tracker)
@@ -48,8 +57,8 @@ class MemoryCopy:
         self._vdso: dict[ProcessKey, list[Range]] = {}
         # Their pids inside the container.
         self._inside: dict[ProcessKey, int] = {}
-        # Which process each target holds: a pid may be used again.
-        self._owners: dict[str, ProcessKey] = {}
+        # Which process each pid inside stands for: it may be used again.
+        self._owners: dict[int, ProcessKey] = {}
         self.shared_bytes = 0
         """Of what the last look has found, what is shared."""
         self.stays_behind = False
@@ -151,17 +160,26 @@ class MemoryCopy:
     def _private(self, sender: Sender) -> Iterator[peer_pb2.SendRequest]:
         written, self._written = self._written, {}
         gone, self._gone = self._gone, {}
+        if self._together:
+            yield from sender.batches("memory", self._of_all(written, gone))
+            return
         for key, ranges in written.items():
-            try:
-                target = f"memory/{self._number(key)}"
-                yield from sender.batches(target, self._batches(target, key, ranges, gone[key]))
-            except ProcessGone:
-                continue  # the next collect says so, too
+            with suppress(ProcessGone):  # the next collect says so, too
+                inside = self._number(key)
+                yield from sender.batches(f"memory/{inside}", self._batches(inside, key, ranges, gone[key]))
 
-    def _batches(self, target: str, key: ProcessKey, written: list[Range], gone: list[Range]) -> Iterator[Batch]:
-        if self._owners.setdefault(target, key) != key:
-            self._owners[target] = key
+    def _of_all(self, written: dict[ProcessKey, list[Range]], gone: dict[ProcessKey, list[Range]]) -> Iterator[Batch]:
+        for key, ranges in written.items():
+            with suppress(ProcessGone):
+                inside = self._number(key)
+                for batch in self._batches(inside, key, ranges, gone[key]):
+                    yield Batch([inside, 0, *batch.layout], batch.data)
+
+    def _batches(self, inside: int, key: ProcessKey, written: list[Range], gone: list[Range]) -> Iterator[Batch]:
+        if self._owners.setdefault(inside, key) != key:
+            self._owners[inside] = key
             yield from blocks.zeros([Range(0, ADDRESS_END)])
         yield from blocks.zeros(gone)
-        # After what is gone: it may be back by now, and is then among this.
-        yield from self._tracker.read(key, written)
+        if written:
+            # After what is gone: it may be back by now, and is then among this.
+            yield from self._tracker.read(key, written)

@@ -17,7 +17,7 @@ import structlog
 
 from blockdev import extents
 from blockdev.errors import BlockError
-from migrator import answers, disk, faults, line, postcopy, recovery, snapshots, verify
+from migrator import answers, disk, faults, line, memory_copy, postcopy, recovery, snapshots, verify
 from migrator.convergence import OnNoConverge
 from migrator.destination import FAILURES, is_live
 from migrator.disk import DiskCopy
@@ -34,7 +34,7 @@ from migrator.snapshots import SnapshotCopy
 from migrator.stream import Sender
 from migrator.v1 import migration_pb2, peer_pb2
 
-FEATURES = ("send-v1", snapshots.FEATURE, line.FEATURE, disk.FEATURE, postcopy.FEATURE)
+FEATURES = ("send-v1", snapshots.FEATURE, line.FEATURE, disk.FEATURE, postcopy.FEATURE, memory_copy.FEATURE)
 SETTLE_POLL_S = 0.05
 
 log = structlog.get_logger()
@@ -220,7 +220,10 @@ class Departure:
         undo.callback(self._resume)
         tracker, why = undo.enter_context(container.track_memory())
         self._progress.note(why)
-        memory = MemoryCopy(tracker, container.pid_inside, container.pause) if tracker else None
+        memory = None
+        if tracker:
+            together = memory_copy.FEATURE in self._features
+            memory = MemoryCopy(tracker, container.pid_inside, container.pause, together=together)
         if memory is None and self._options.on_no_converge is OnNoConverge.POSTCOPY:
             raise Precondition(f"--on-no-converge postcopy is not possible from here: {why}", reason="POSTCOPY")
         checkpoint = undo.enter_context(container.prepare_checkpoint(with_memory=memory is None))

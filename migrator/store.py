@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class Store:
                 self._look(request.length)
         except OSError as error:  # a disk that is full, an address beyond what a file can hold
             why = error.strerror
-            if error.errno == errno.ENOSPC and request.target.startswith("memory/"):
+            if error.errno == errno.ENOSPC and request.target.partition("/")[0] == "memory":
                 why = "the container has far more memory than when its migration began: try again when it grows no more"
             raise ExecutionError(f"storing a piece of {wire.shown(request.target)}: {why}") from error
 
@@ -98,6 +98,8 @@ class Store:
             file = self._memory_file(page_store.path_of, name)
             for piece in pieces:
                 blocks.write(file, piece, ADDRESS_END)
+        elif request.target == "memory" and self._live:
+            self._write_memory(self._receiver.pieces(request))
         elif kind == "missing" and self._live and PID.fullmatch(name):
             missing.make_pipes(self._reservation.memory)
             file = self._memory_file(missing.path_of, name)
@@ -115,6 +117,17 @@ class Store:
             write_file(log_file.parent, log_file.name, self._receiver.piece(request))
         else:
             raise PeerError(f"{wire.shown(request.target)} is nothing that is expected here", reason="OUT_OF_ORDER")
+
+    def _write_memory(self, pieces: Iterable[blocks.Piece]) -> None:
+        """Of several processes: one without a length says whose those are that follow."""
+        file = None
+        for piece in pieces:
+            if not piece.length and PID.fullmatch(str(piece.offset)):
+                file = self._memory_file(page_store.path_of, str(piece.offset))
+            elif file is None:
+                raise PeerError("memory that is no process'", reason="OUT_OF_ORDER")
+            else:
+                blocks.write(file, piece, ADDRESS_END)
 
     def _look(self, stored_bytes: int) -> None:
         """Nothing else bounds what memfds hold, and a tmpfs may hold more than the host has."""

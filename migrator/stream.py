@@ -21,6 +21,8 @@ from migrator.v1 import peer_pb2
 
 MAX_PIECE_BYTES = 1 << 20
 ZSTD_LEVEL = 1
+# Offsets and lengths of a batch, which may say whose they are.
+_MOST_PARTS = 2 * (BATCH_PIECES + 1)
 # A piece that zstd does not shrink below this part of its size travels plain.
 WORTH_SENDING_COMPRESSED = 0.9
 
@@ -164,7 +166,7 @@ class Sender:
         data: list[bytes | memoryview] = []
         size = 0
         for batch in batches:
-            if size + len(batch.data) > MAX_PIECE_BYTES or len(layout) + len(batch.layout) > 2 * BATCH_PIECES:
+            if size + len(batch.data) > MAX_PIECE_BYTES or len(layout) + len(batch.layout) > _MOST_PARTS:
                 yield from self._send(target, layout, b"".join(data))
                 layout, data, size = [], [], 0
             layout += batch.layout
@@ -243,7 +245,7 @@ class Receiver:
         """All pieces of one request that `batches` may have made. Raises as `piece` does."""
         if not request.parts:
             return [self.piece(request)]
-        if len(request.parts) > 2 * BATCH_PIECES:
+        if len(request.parts) > _MOST_PARTS:
             raise PeerError(f"{wire.shown(request.target)}: {len(request.parts) // 2} pieces in one")
         data = memoryview(self._checked(request).data or b"")
         layout = list(request.parts)

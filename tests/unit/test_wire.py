@@ -12,15 +12,16 @@ import zstandard
 
 from agent.database import Database
 from agent.journal import KEPT, SCHEMA, Incomings, Outgoings
-from blockdev.blocks import BATCH_PIECES, Piece
+from blockdev.blocks import BATCH_PIECES, Batch, Piece
 from migrator import store as store_module
 from migrator import wire
 from migrator.errors import InvalidArgument, PeerError
 from migrator.files import write_file
+from migrator.fill import store as page_store
 from migrator.handover import HandoverError
 from migrator.shm.store import SharedStore
 from migrator.store import Store
-from migrator.stream import Digests, Receiver
+from migrator.stream import Digests, Meter, Receiver, Sender
 from migrator.v1 import peer_pb2
 
 
@@ -111,8 +112,28 @@ def test_there_is_a_limit_to_targets(monkeypatch: pytest.MonkeyPatch) -> None:
         digests.of("image/3")
 
 
+def test_memory_of_several_processes_comes_in_one_message(tmp_path: Path) -> None:
+    store = Store(cast("Any", SimpleNamespace(memory=tmp_path)), live=True)
+    sender = Sender("m", 1, digests := Digests(), Meter())
+    batches = [Batch([7, 0, 4096, 4096, 0, -4096], b"a" * 4096), Batch([8, 0, 0, 4096], b"b" * 4096)]
+    for request in sender.batches("memory", batches):
+        store.write(request)
+    assert page_store.path_of(tmp_path, 7).read_bytes() == bytes(4096) + b"a" * 4096
+    assert page_store.path_of(tmp_path, 8).read_bytes() == b"b" * 4096
+    assert store.digests.all() == digests.all()
+
+
+@pytest.mark.parametrize("layout", [[0, 4], [0, 0, 0, 4], [10**10, 0, 0, 4], [1 << 40, 0, 0, 4]])
+def test_memory_that_is_no_process_is_refused(tmp_path: Path, layout: list[int]) -> None:
+    store = Store(cast("Any", SimpleNamespace(memory=tmp_path)), live=True)
+    (request,) = Sender("m", 1, Digests(), Meter()).batches("memory", [Batch(layout, b"data")])
+    with pytest.raises(PeerError, match="no process"):
+        store.write(request)
+    assert not list(tmp_path.iterdir())
+
+
 def test_there_is_a_limit_to_the_pieces_of_a_message() -> None:
-    parts = [0, -1] * (BATCH_PIECES + 1)
+    parts = [0, -1] * (BATCH_PIECES + 2)
     request = peer_pb2.SendRequest(target="memory/1", encoding=peer_pb2.ENCODING_ZEROS, parts=parts)
     with pytest.raises(PeerError, match="pieces in one"):
         Receiver(Digests()).pieces(request)
