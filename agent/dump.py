@@ -48,14 +48,17 @@ class Dump:
         if self._smaps is not None:
             self._smaps.write(pids)
 
-    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
-        """Write the images; on return the tasks are stopped by CRIU and by the control group."""
+    def prepare(self, sent: Sequence[os.stat_result]) -> None:
+        """See `migrator.ports.Checkpoint`."""
         pids = self._cgroup.pids()
         if self._request.parent is not None and self._pageless is not None:
             self._pageless.prepare(self._request.parent, {pid: pid_inside(pid) for pid in pids})
         if self._smaps is not None:
             self._smaps.write(pids)
         left_out.write(self._request.work / LEFT_OUT, sent)
+
+    def dump(self, check: Callable[[], None]) -> None:
+        """Write the images; on return the tasks are stopped by CRIU and by the control group."""
         self._criu.dump(self._request, TIMEOUT_S, check)
         self._cgroup.freeze()
         shm_folder.pack(self._shm, self._request.images)

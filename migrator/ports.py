@@ -35,10 +35,13 @@ class Checkpoint(Protocol):
     def rehearse(self) -> None:
         """While the tasks run: do what a dump needs as far as it can be done now."""
 
-    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
-        """Write the container's images into its images folder, without the contents of these objects of shared memory:
-        their state, now that the tasks are frozen, says which they are. `check` is called now and then; what it raises
-        ends the dump."""
+    def prepare(self, sent: Sequence[os.stat_result]) -> None:
+        """The tasks are frozen: do the rest of it. The contents of these objects of shared memory are left out: their
+        state, as it is now, says which they are."""
+
+    def dump(self, check: Callable[[], None]) -> None:
+        """Write the container's images into its images folder. `check` is called now and then; what it raises ends the
+        dump."""
 
 
 class LeavingContainer(Protocol):

@@ -32,7 +32,8 @@ LAST_ROUNDS, LAST_ROUNDS_S, LITTLE_BYTES = 6, 2.0, 1 << 20
 SYNCS, SHORT_SYNC_S = 3, 0.01
 # What takes longer to send is not sent once more just before: as much would be left.
 LAST_ROUND_S = 0.25
-DUMP_POLL_S = 0.003
+# How often it is asked what CRIU has done with: to ask more often would slow it down.
+DUMP_POLL_S = 0.01
 # Of CRIU's images: those that travel many at a time.
 SMALL_BYTES = 64 << 10
 

@@ -292,11 +292,12 @@ class Departure:
             self._peer.hold_traffic(self._name, self._epoch, neighbours)
             container.disconnect()
         faults.point("source.freeze")
-        left_out = rounds.left_out()
+        # Before all is busy with what is to be sent.
+        checkpoint.prepare(rounds.left_out())
         sent = beside.submit(self._peer.send, chain(rounds.last(dumped), self._rest(rounds.disk, outbox, frozen)))
         try:
             with step("dump"):
-                checkpoint.dump(left_out, self._progress.check)
+                checkpoint.dump(self._progress.check)
             dumped.set_result(None)
             faults.point("source.dump")
             with step("file system"):

@@ -320,9 +320,12 @@ class FakeLeaving:
         with self._call("source.rehearse"):
             assert not self.frozen
 
-    def dump(self, sent: Sequence[os.stat_result], check: Callable[[], None]) -> None:
-        check()
+    def prepare(self, sent: Sequence[os.stat_result]) -> None:
+        assert self.frozen
         self.left_out = len(sent)
+
+    def dump(self, check: Callable[[], None]) -> None:
+        check()
         with self._call("source.dump"):
             assert self.frozen
             self.criu_holds = True
