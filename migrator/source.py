@@ -24,6 +24,7 @@ from migrator.disk import DiskCopy
 from migrator.errors import ExecutionError, MigratorError, Precondition
 from migrator.handover import Decision, HandoverError, Outgoing, OutgoingJournal, Stage
 from migrator.memory_copy import MemoryCopy
+from migrator.network import Neighbour
 from migrator.options import Options
 from migrator.outbox import Outbox
 from migrator.outcome import as_migrator_error, verdict
@@ -288,12 +289,11 @@ class Departure:
             return beside.submit(self._peer.send, self._rest(rounds.disk, outbox, frozen))
         neighbours = container.neighbours()
         rounds.stop(undo, self._stop_tasks)
-        with step("traffic"):
-            self._peer.hold_traffic(self._name, self._epoch, neighbours)
-            container.disconnect()
-        faults.point("source.freeze")
+        held = beside.submit(self._hold_traffic, neighbours)
         # Before all is busy with what is to be sent.
         checkpoint.prepare(rounds.left_out())
+        held.result()
+        faults.point("source.freeze")
         sent = beside.submit(self._peer.send, chain(rounds.last(dumped), self._rest(rounds.disk, outbox, frozen)))
         try:
             with step("dump"):
@@ -311,6 +311,11 @@ class Departure:
                     awaited.set_exception(error)
             raise
         return sent
+
+    def _hold_traffic(self, neighbours: Sequence[Neighbour]) -> None:
+        with self._progress.step("traffic"):
+            self._peer.hold_traffic(self._name, self._epoch, neighbours)
+            self._container.disconnect()
 
     def _rest(self, copy: DiskCopy, outbox: Outbox, frozen: "Future[None]") -> Iterator[peer_pb2.SendRequest]:
         """The disk's last delta, and the log; nothing changes any more."""
