@@ -101,7 +101,8 @@ class SmapsFolder:
 
     def __init__(self, smaps: Smaps, folder: Path) -> None:
         self._smaps, self._folder = smaps, folder
-        self._written: dict[int, tuple[bytes, bytes]] = {}
+        # By a hash that nobody can foresee: what it is of may be much.
+        self._written: dict[int, int] = {}
         folder.mkdir(mode=0o700, exist_ok=True)
 
     def write(self, pids: Iterable[int]) -> None:
@@ -109,7 +110,7 @@ class SmapsFolder:
         for pid in pids:
             try:
                 told = mappings.text(pid), self._smaps.read(pid)
-                if self._written.get(pid) != told:
+                if self._written.get(pid) != hash(told):
                     self._remove(pid)
                     self._write(pid, *told)
             except (ProcessGone, OSError) as error:
@@ -121,7 +122,7 @@ class SmapsFolder:
             lines, modes = composed
             (self._folder / f"{pid}.modes").write_bytes(b"".join(starmap(_MODE.pack, modes)))
             (self._folder / str(pid)).write_bytes(lines)
-            self._written[pid] = text, rows
+            self._written[pid] = hash((text, rows))
 
     def _remove(self, pid: int) -> None:
         self._written.pop(pid, None)

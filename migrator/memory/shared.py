@@ -30,8 +30,9 @@ _SYSTEM_V = "/SYSV"
 
 _REALTIME_COARSE = 5  # of linux/time.h
 _MADV_POPULATE_READ = 22  # of asm-generic/mman-common.h, Linux 5.14
-# A shorter one is read as fast; of a longer one the page tables would be much of this process' memory.
-_LEAST_MAPPED_BYTES, _MOST_MAPPED_BYTES = 1 << 20, 8 << 30
+# Less is read as fast, and could be in more objects than a process can map; for more the page tables would be much of
+# this process' memory.
+_LEAST_MAPPED_BYTES, _MOST_MAPPED_BYTES = 4 << 20, 8 << 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -106,7 +107,7 @@ class SharedObject:
         # Of a file with a name others could cut off a part, which would end this process (SIGBUS).
         has_name = os.fstat(self.descriptor).st_nlink > 0
         is_huge = os.fstatvfs(self.descriptor).f_bsize != PAGE_BYTES
-        if has_name or is_huge or not _LEAST_MAPPED_BYTES <= length <= _MOST_MAPPED_BYTES:
+        if has_name or is_huge or extents.total(populated) < _LEAST_MAPPED_BYTES or length > _MOST_MAPPED_BYTES:
             return
         with suppress(OSError, ValueError):  # an older kernel, or it is shorter by now: what is not mapped is read
             if self._mapped is None or len(self._mapped) != length:

@@ -14,7 +14,7 @@ from migrator.memory.shared import SharedObject
 
 MIB = 1 << 20
 # With a last page that is a part of one, and a hole that nobody is to fill by looking.
-SIZE, HOLE = 4 * MIB + 100, Range(MIB, 2 * MIB)
+SIZE, HOLE = 6 * MIB + 100, Range(MIB, 2 * MIB)
 
 
 @pytest.fixture
@@ -53,10 +53,10 @@ def test_what_has_changed_is_found_wherever_it_is(memfd: int, looked_at: SharedO
 
 
 def test_one_that_has_become_shorter_or_longer(memfd: int, looked_at: SharedObject) -> None:
-    os.ftruncate(memfd, 3 * MIB)
+    os.ftruncate(memfd, 5 * MIB)
     change = looked_at.look([], at_all=True)
-    assert change == ([], [Range(3 * MIB, 4 * MIB + PAGE_BYTES)])
-    os.pwrite(memfd, b"x" * PAGE_BYTES, 6 * MIB)
-    assert looked_at.look([], at_all=False).written == [Range(6 * MIB, 6 * MIB + PAGE_BYTES)]
-    changed = [_change(memfd, at) for at in (5, 6 * MIB)]
+    assert change == ([], [Range(5 * MIB, 6 * MIB + PAGE_BYTES)])
+    os.pwrite(memfd, b"x" * PAGE_BYTES, 8 * MIB)
+    assert looked_at.look([], at_all=False).written == [Range(8 * MIB, 8 * MIB + PAGE_BYTES)]
+    changed = [_change(memfd, at) for at in (5, 8 * MIB)]
     assert looked_at.look([], at_all=True).written == changed
