@@ -51,7 +51,7 @@ def one_run(bench: Bench, contender: Contender, workload: Workload) -> Metrics:
     metrics |= {
         "total_ms": (ended_s - began_s) * 1000,
         "wire_bytes": sent.total,
-        "wire_per_byte": sent.total / workload.least_bytes,
+        "wire_per_byte": sent.total / (workload.least_bytes + metrics["written_bytes"]),
         "stream_mb_per_s": sent.per_s / 1e6,
         "cpu_s": cpu_s,
         "cpu_s_per_gib": cpu_s / (workload.least_bytes / 2**30),
@@ -74,6 +74,7 @@ def seen(traces: list[Trace], workload: Workload, quiet: Window, move: Window, w
         "pause_ms": worst.longest_gap_ms(whole),
         "quiet_gap_ms": first.longest_gap_ms(quiet),
         "answers_end_s": gap.began_s,
+        "written_bytes": first.written_bytes(Window(move.began_s, gap.began_s)),
         "p99_ms": first.latency_ms(move, 0.99),
         "quiet_p999_ms": first.latency_ms(quiet, 0.999),
         # Without the one that waited for the pause to end.

@@ -52,6 +52,7 @@ def write(
         *(f"![{ALT.get(path.stem, path.stem)}]({path.relative_to(at.parent)})" for path in charts),
         "## Every workload",
         "`p99 ms` is of the time to an answer during the move, `p99.9 after` of that from the pause's end on."
+        " `sent per byte`: for each byte of memory and disk there was, and each that was written until the pause."
         " `agent MiB` is the peak of the larger of our two agents.",
         everything(results),
         "## What was not run",

@@ -11,6 +11,7 @@ from benchkit.tasks import OFF, ON
 from benchkit.workloads import BUSY_WRITER, ONE_GIB_WRITER, WORKLOADS
 
 GIB = 1 << 30
+LEAST_SENT = 0.01
 Ceiling = Callable[[dict[str, float]], float]
 
 
@@ -151,7 +152,7 @@ class Overhead:
     """Bytes on the wire for each that had to be moved, of a container that writes; the ratio is to our own idle one."""
 
     name: str = "bytes-overhead"
-    title: str = "bytes sent for each byte of memory, 1 GiB with 100 MB/s of writes"
+    title: str = "bytes sent for each byte of memory and each written until the pause, 1 GiB with 100 MB/s of writes"
     unit: str = "bytes/byte"
     task: str = ONE_GIB_WRITER
     idle: str = "idle-1g"
@@ -161,7 +162,9 @@ class Overhead:
         return [self.task, self.idle]
 
     def find(self, results: Results) -> Found:
-        ours, peers = _medians(results, self.task, "wire_per_byte")
+        ours, sent = _medians(results, self.task, "wire_per_byte")
+        # Not of those who share their memory with the destination and send nothing at all.
+        peers = {name: value for name, value in sent.items() if value >= LEAST_SENT}
         idle = results.median(self.idle, OURS, "wire_per_byte")
         values = results.values(self.task, OURS, "wire_per_byte")
         return Found(

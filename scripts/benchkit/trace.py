@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FIELDS = 4
+UNIT_BYTES = 4096  # of pages and of blocks
 BIN_S = 0.05
 STEADY_BINS = 3
 
@@ -71,6 +72,14 @@ class Trace:
     def pages_per_s(self, window: Window) -> float:
         """How fast the workload wrote, from the first to the last answer in the window; 0 if there are none."""
         return self._per_second(self.pages, window)
+
+    def written_bytes(self, window: Window) -> int:
+        """What the workload wrote of memory and disk, from the first to the last answer in the window."""
+        first, last = self._indices(window)
+        if last - first < 2:
+            return 0
+        units = self.pages[last - 1] - self.pages[first] + self.blocks[last - 1] - self.blocks[first]
+        return units * UNIT_BYTES
 
     def answers_per_s(self, window: Window) -> float:
         """How many answers came each second."""

@@ -60,6 +60,8 @@ RUNS = [
     run("idle-1g", OURS, stream_mb_per_s=800.0, wire_per_byte=1.0, cpu_s_per_gib=3.0),
     run("idle-1g", "runc + copy", stream_mb_per_s=900.0, wire_per_byte=1.0, cpu_s_per_gib=2.5),
     run("write-100mbs-25pc", OURS, wire_per_byte=1.2, pause_ms=60.0),
+    run("write-100mbs-25pc", "runc + copy", wire_per_byte=1.0, pause_ms=900.0),
+    run("write-100mbs-25pc", "CRIU on tmpfs", wire_per_byte=2e-6, pause_ms=600.0),
     run("tracker-memory", "tracked", per_s=90.0),
     run("tracker-memory", "untracked", per_s=100.0),
     run("tracker-disk", "tracked", per_s=99.0),
@@ -84,6 +86,7 @@ def test_no_answers_no_gap() -> None:
 
 def test_speed_and_latency_in_a_window() -> None:
     assert PAUSED.pages_per_s(Window(1.2, 1.8)) == pytest.approx(100_000, rel=0.01)
+    assert PAUSED.written_bytes(Window(1.2, 1.8)) == pytest.approx(60_000 * 4096, rel=0.01)
     assert PAUSED.latency_ms(Window(1.2, 1.8), 0.99) == pytest.approx(0.1)
     assert Trace([]).pages_per_s(Window(1, 2)) == 0.0
 
@@ -177,6 +180,7 @@ def test_more_is_better_for_speeds() -> None:
 
 def test_overheads_compare_our_own_settings() -> None:
     assert row("bytes-overhead").as_object()["ratio"] == 1.2
+    assert row("bytes-overhead").peers == {"runc + copy": 1.0}
     found = row("tracker-overhead").as_object()
     assert (found["ours"], found["ratio"], found["peer_name"]) == (10.0, 0.9, None)
 
