@@ -7,20 +7,23 @@ a Redis, 30 for a PostgreSQL. No more than that is read: CRIU would wait for the
 
 import os
 import stat
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import structlog
 from pycriu.images import fdinfo_pb2, mm_pb2, pagemap_pb2
 
 from agent.rootfs import opened_in
+from blockdev import extents
 from blockdev.extents import Range
 from migrator.images import entries, read
 from migrator.memory.pagemap import PAGE_BYTES
+
+log = structlog.get_logger()
 
 # Of pages in a row: what is longer the kernel reads ahead by itself.
 _MOST_BYTES = 2 << 20
@@ -42,7 +45,12 @@ def begin(images: Path, volumes: Mapping[str, str]) -> None:
     Nothing depends on it: what is wrong with an image, CRIU will say.
     """
     threads = ThreadPoolExecutor(_AT_ONCE)
-    threads.submit(_read_all, threads, images, volumes)
+    threads.submit(_read_all, threads, images, volumes).add_done_callback(_tell)
+
+
+def _tell(done: "Future[None]") -> None:
+    if error := done.exception():
+        log.info("a restore has to read from the disk what could have been read before", why=repr(error))
 
 
 def _read_all(threads: ThreadPoolExecutor, images: Path, volumes: Mapping[str, str]) -> None:
@@ -50,7 +58,7 @@ def _read_all(threads: ThreadPoolExecutor, images: Path, volumes: Mapping[str, s
     for file in wanted(images):
         inside = PurePosixPath("/", file.path)
         at, here = next(place for place in places if inside.is_relative_to(place[0]))
-        threads.submit(_read, here, str(inside.relative_to(at)), file.parts)
+        threads.submit(_read, here, str(inside.relative_to(at)), file.parts).add_done_callback(_tell)
 
 
 def wanted(images: Path) -> Iterator[Wanted]:
@@ -68,25 +76,23 @@ def wanted(images: Path) -> Iterator[Wanted]:
 
 
 def _written(images: Path, process: str) -> Iterator[tuple[int, Range]]:
-    """Files by number, and what of them a process has pages of its own in the place of."""
+    """Files by number, and what of them a process has pages of its own in the place of: no more than it has mappings
+    and ranges of pages, which in an image that is none may lie over each other."""
     _head, *rest = entries(read(images / f"pagemap-{process}"))
     found = [pagemap_pb2.pagemap_entry.FromString(message) for message in rest]
-    pages = [(entry.vaddr, entry.vaddr + (entry.nr_pages or entry.compat_nr_pages) * PAGE_BYTES) for entry in found]
+    pages = extents.merge(
+        Range(entry.vaddr, entry.vaddr + (entry.nr_pages or entry.compat_nr_pages) * PAGE_BYTES) for entry in found
+    )
+    at = 0
     for message in entries(read(images / f"mm-{process}")):
         for vma in mm_pb2.mm_entry.FromString(message).vmas:
+            if vma.start < at:
+                return
+            at = vma.end
             if vma.shmid and vma.flags & _MAP_PRIVATE:
-                for start, end in _within(pages, vma.start, vma.end):
+                for start, end in extents.intersect(pages, [Range(vma.start, vma.end)]):
                     first = vma.pgoff + start - vma.start
                     yield vma.shmid, Range(first, first + min(end - start, _MOST_BYTES))
-
-
-def _within(pages: Sequence[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
-    for number in range(max(0, bisect_right(pages, (start, start)) - 1), len(pages)):
-        first, last = max(start, pages[number][0]), min(end, pages[number][1])
-        if pages[number][0] >= end:
-            return
-        if first < last:
-            yield first, last
 
 
 def _read(root: Path, path: str, parts: frozenset[Range]) -> None:

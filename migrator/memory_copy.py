@@ -79,6 +79,8 @@ class MemoryCopy:
                 found = self._look(Moment.PAUSED)
         else:
             found = self._look(moment)
+        if moment.is_running:
+            self._tracker.get_ready()
         for note in found.notes:
             log.info("memory", note=note)
         for change in found.processes:

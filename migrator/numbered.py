@@ -61,10 +61,12 @@ class Outbound:
         return self._sent - len(self._window)
 
     def close(self) -> None:
-        """End every attempt."""
+        """End every attempt, and wait for one that is reading a piece: what is read is left to the caller again."""
         with self._changed:
             self._attempt += 1
             self._changed.notify_all()
+        with self._reading:
+            pass
 
     def check(self) -> None:
         """Raises what the pieces' own source has raised, of which gRPC says only that the stream broke."""

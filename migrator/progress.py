@@ -21,7 +21,7 @@ class Progress:
 
     def __init__(self, migration: migration_pb2.Migration, timeout_ms: int = 0, bandwidth_bytes_per_s: int = 0) -> None:
         """No limit where 0 is given."""
-        self.meter = Meter(bandwidth_bytes_per_s)
+        self.meter = Meter(bandwidth_bytes_per_s, self.check)
         """Of all that is sent."""
         self._migration = migration
         self._condition = threading.Condition()
@@ -113,7 +113,9 @@ class Progress:
             return self._cancelled
 
     def check(self) -> None:
-        """Raise Cancelled or TimedOut if it has to end; asked all the way until the handover."""
+        """Raise Cancelled or TimedOut if it has to end, which it need not once it is committed."""
+        if self._committed:
+            return
         if self._cancelled:
             raise Cancelled("cancelled before the handover")
         if self._deadline is not None and time.monotonic() > self._deadline:

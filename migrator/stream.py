@@ -20,9 +20,12 @@ from migrator.errors import PeerError
 from migrator.v1 import peer_pb2
 
 MAX_PIECE_BYTES = 1 << 20
+CHECK_S = 0.1
 ZSTD_LEVEL = 1
-# Offsets and lengths of a batch, which may say whose they are.
-_MOST_PARTS = 2 * (BATCH_PIECES + 1)
+# Offsets and lengths. A batch that says whose they are has one more piece, and goes alone: older agents refuse that of
+# any other.
+_MOST_PARTS = 2 * BATCH_PIECES
+_MOST_PARTS_OF_ANY = _MOST_PARTS + 2
 # A piece that zstd does not shrink below this part of its size travels plain.
 WORTH_SENDING_COMPRESSED = 0.9
 
@@ -74,9 +77,11 @@ class Digests:
 
 @dataclass
 class Meter:
-    """What went out: bytes at the target, and bytes on the wire. `pace` limits the wire to a rate."""
+    """What went out: bytes at the target, and bytes on the wire, which may be limited to a rate. `check` is asked while
+    that has somebody wait, who gets what it raises."""
 
     limit_bytes_per_s: int = 0
+    check: Callable[[], None] = lambda: None
     content_bytes: dict[str, int] = field(default_factory=dict)
     wire_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -92,9 +97,10 @@ class Meter:
                 return
             now = time.monotonic()
             self._due = max(self._due, now) + wire / self.limit_bytes_per_s
-            wait = self._due - now
-        if wait > 0:
-            time.sleep(wait)
+            due = self._due
+        while (left := due - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, CHECK_S))
 
 
 class Compression:
@@ -245,7 +251,7 @@ class Receiver:
         """All pieces of one request that `batches` may have made. Raises as `piece` does."""
         if not request.parts:
             return [self.piece(request)]
-        if len(request.parts) > _MOST_PARTS:
+        if len(request.parts) > _MOST_PARTS_OF_ANY:
             raise PeerError(f"{wire.shown(request.target)}: {len(request.parts) // 2} pieces in one")
         data = memoryview(self._checked(request).data or b"")
         layout = list(request.parts)

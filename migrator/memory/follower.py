@@ -24,6 +24,8 @@ from migrator.memory.watching import MemoryReplaced, Method, Scan, Watch
 
 # exec between two tries, and again, and again.
 _TRIES = 3
+# Of all objects: page tables for it are 16 MiB of this process' memory, if there is something in every part of it.
+_MOST_MAPPED_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,12 @@ class Follower:
     def areas(self, process: ProcessKey) -> list[Mapping]:
         """See MemoryTracker."""
         return self._followed[process].layout.areas
+
+    def get_ready(self) -> None:
+        """See MemoryTracker."""
+        room = _MOST_MAPPED_BYTES
+        for item in self._objects.values():
+            room -= item.get_ready(room)
 
     def compare(self) -> list[SharedChange]:
         """See MemoryTracker."""

@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from functools import cache
 from typing import NamedTuple
 
 from blockdev import extents
@@ -26,13 +26,14 @@ from migrator.memory.pagemap import PAGE_BYTES
 _TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
 
 # Names of the kernel's own tmpfs; a file of that name is on another device.
-_SYSTEM_V = "/SYSV"
+_SYSTEM_V, _ANONYMOUS = "/SYSV", "/dev/zero (deleted)"
 
 _REALTIME_COARSE = 5  # of linux/time.h
 _MADV_POPULATE_READ = 22  # of asm-generic/mman-common.h, Linux 5.14
-# Less is read as fast, and could be in more objects than a process can map; for more the page tables would be much of
-# this process' memory.
-_LEAST_MAPPED_BYTES, _MOST_MAPPED_BYTES = 4 << 20, 8 << 30
+# Less is read as fast, and could be in more objects than a process can map.
+_LEAST_MAPPED_BYTES = 4 << 20
+# Python holds its lock meanwhile: 0.1 ms.
+_POPULATED_AT_ONCE_BYTES = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,7 +71,10 @@ class SharedObject:
         self._changed_ns, self._blocks = -1, -1
         # As long as another write could have left the same ctime behind.
         self._settled = False
+        # Of one that has a descriptor others could cut off a part, which would end this process (SIGBUS).
+        self._may_be_mapped = status.st_dev == _kernels_device() and name.startswith((_SYSTEM_V, _ANONYMOUS))
         self._mapped: mmap.mmap | None = None
+        self._mapped_in: list[Range] = []
 
     def look(self, candidates: Iterable[Range], *, at_all: bool) -> Change:
         """What has changed since the last look, judged by content, among the candidates (offsets), or, with all who use
@@ -94,27 +98,30 @@ class SharedObject:
             # Also those that came to be without a trace in the page tables of the processes that are there.
             new = extents.subtract(populated, self._populated)
             look_at = extents.intersect(extents.merge([*candidates, *new]), populated)
-        if not at_all:
-            self._map(populated, extents.subtract(populated, self._populated))
         self._populated = populated
-        mapped = self._mapped if at_all and self._mapped and len(self._mapped) <= self.size_bytes else None
+        # In the copy that is made otherwise nobody writes while it is looked at.
+        mapped = self._mapped if at_all else None
         return Change(self._digests.changed(self.descriptor, look_at, mapped), gone)
 
-    def _map(self, populated: list[Range], new: list[Range]) -> None:
-        """So that a look at all of it, while nothing runs, need not copy it, which takes as long again. Only what is
-        there is touched: a page that is not would come to be."""
-        length = self.size_bytes // PAGE_BYTES * PAGE_BYTES
-        # Of a file with a name others could cut off a part, which would end this process (SIGBUS).
-        has_name = os.fstat(self.descriptor).st_nlink > 0
-        is_huge = os.fstatvfs(self.descriptor).f_bsize != PAGE_BYTES
-        if has_name or is_huge or extents.total(populated) < _LEAST_MAPPED_BYTES or length > _MOST_MAPPED_BYTES:
-            return
-        with suppress(OSError, ValueError):  # an older kernel, or it is shorter by now: what is not mapped is read
-            if self._mapped is None or len(self._mapped) != length:
-                self._unmap()
-                self._mapped, new = mmap.mmap(self.descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ), populated
-            for part in extents.intersect(new, [Range(0, length)]):
+    def get_ready(self, room_bytes: int) -> int:
+        """While those who use it run: map what was there at the last look, so that a look at all of it need not copy
+        it, which takes as long again. Returns how long the mapping is; it is none if it would be more than this."""
+        if self._mapped is None:
+            too_little = extents.total(self._populated) < _LEAST_MAPPED_BYTES
+            if too_little or not self._may_be_mapped or self.size_bytes > room_bytes:
+                return 0
+        try:
+            if self._mapped is None:
+                self._mapped = mmap.mmap(self.descriptor, self.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            # Only what is there: a page that is not would come to be.
+            for part in extents.pieces(extents.subtract(self._populated, self._mapped_in), _POPULATED_AT_ONCE_BYTES):
                 self._mapped.madvise(_MADV_POPULATE_READ, part.start, part.length)
+        except OSError:  # an older kernel, or a page that cannot be read: whoever reads it is told so
+            self._unmap()
+            self._may_be_mapped = False
+            return 0
+        self._mapped_in = self._populated
+        return len(self._mapped)
 
     def _unmap(self) -> None:
         mapped, self._mapped = self._mapped, None
@@ -142,6 +149,16 @@ def is_memory(descriptor: int) -> bool:
         number = ctypes.get_errno()
         raise OSError(number, f"fstatfs: {os.strerror(number)}", f"descriptor {descriptor}")
     return int.from_bytes(buffer.raw[:8], "little") in (_TMPFS, _HUGETLBFS)
+
+
+@cache
+def _kernels_device() -> int:
+    """Of the tmpfs that holds what has no name in any file system; tmpfs mounts have others."""
+    descriptor = os.memfd_create("device")
+    try:
+        return os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
 
 
 def _whole_pages(part: Range, end: int) -> Range:

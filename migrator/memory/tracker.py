@@ -123,6 +123,9 @@ class MemoryTracker(Protocol):
     def areas(self, process: ProcessKey) -> list[Mapping]:
         """The mappings that a process had in the last collect, which reported it."""
 
+    def get_ready(self) -> None:
+        """After a collect, while the container runs: do for `compare` what can be done before."""
+
     def compare(self) -> list[SharedChange]:
         """After a STOPPED collect: what has changed in any way in shared memory since the last look at it.
 

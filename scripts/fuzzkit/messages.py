@@ -17,14 +17,14 @@ STRINGS = (
     "", ".", "..", "/", "a/b", f"../{MARK}", f"../../../../../../tmp/{MARK}", f"/tmp/{MARK}", f"{MARK}\0x", "a\nb",
     "\u0661\u0662", "\x1b[31m", "%2e%2e%2f", "x" * 200, "y" * 20_000, "$(id)", "'; DROP TABLE incoming; --", "-rf",
     "m-1", "m-0", "ct", "ct-0", "volume/0", "volume/99", "volume/-1", "log", "log/x", "image/core-1.img", "image/..",
-    f"image/../{MARK}", "image/descriptors.json", "memory/1", "memory/0", "memory/-1", "memory/" + "9" * 5000,
+    f"image/../{MARK}", "image/descriptors.json", "memory", "memory/1", "memory/0", "memory/-1", "memory/" + "9" * 5000,
     "missing/1", "missing/../1", "missing/" + "9" * 5000,
     "memory/\u0661", "shared/memfd/1/x", "shared/memfd/1/y", "shared/sysv/1", "shared/sysv/" + "9" * 5000,
     "shared/memfd/1/%00", "snapshot/0/0", "snapshot/1/0", "snapshot/99/0", "snapshot/0/99", "snapshot/\u0660/0",
 )  # fmt: skip
 TARGETS = (
-    "volume/0", "volume/0", "image/core-1.img", "memory/7", "missing/7", "log", "shared/memfd/5/name", "shared/sysv/3",
-    "snapshot/0/0",
+    "volume/0", "volume/0", "image/core-1.img", "memory/7", "memory", "missing/7", "log", "shared/memfd/5/name",
+    "shared/sysv/3", "snapshot/0/0",
 )  # fmt: skip
 INTEGERS = (
     0, 1, 2, 3, 7, 63, 64, 65, 4095, 4096, 65535, 65536, 1 << 20, (1 << 20) + 1, GIB, 1 << 31, (1 << 31) - 1, 1 << 40,
@@ -85,6 +85,9 @@ def piece(chance: random.Random, migration: str, epoch: int, stream: int, number
         case _:
             made.length, made.encoding, made.data = len(plain), peer_pb2.ENCODING_PLAIN, plain
             made.checksum = xxhash.xxh3_64_intdigest(plain)
+    if target == "memory":
+        length = -made.length if made.encoding == peer_pb2.ENCODING_ZEROS else made.length
+        made.parts[:] = [7, 0, *(made.parts or [offset, length])]
     return made
 
 

@@ -54,6 +54,13 @@ def test_images_that_are_none_do_no_harm(tmp_path: Path, content: bytes) -> None
     read_ahead.begin(images, {"/": str(tmp_path)})
 
 
+def test_mappings_over_each_other_do_not_multiply_what_is_read(tmp_path: Path) -> None:
+    twice_as_long = 2 * APART // mmap.PAGESIZE
+    mapped = [(1, first, twice_as_long, PRIVATE, [(0, 64, PARENT)]) for first in range(100)]
+    (file,) = read_ahead.wanted(_images(tmp_path, [(1, "data")], mapped))
+    assert len(file.parts) == 2
+
+
 def _file(path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(os.urandom(PAGES * mmap.PAGESIZE))

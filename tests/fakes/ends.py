@@ -202,6 +202,9 @@ class FakeMemory:
         assert process == self.process
         return []
 
+    def get_ready(self) -> None:
+        pass
+
     def compare(self) -> list[SharedChange]:
         return []
 

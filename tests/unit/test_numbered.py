@@ -1,7 +1,9 @@
 """Streams that break anywhere: every piece arrives once and in order, whatever was lost of both directions."""
 
 import itertools
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -71,6 +73,29 @@ def test_window_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(itertools.islice(requests, 5))) == 5
     stream.close()
     assert list(requests) == []
+
+
+def test_nobody_reads_on_once_it_is_closed() -> None:
+    """What is read may be taken down then."""
+    is_read, may_go_on, reads = threading.Event(), threading.Event(), []
+
+    def slow() -> Iterator[peer_pb2.SendRequest]:
+        is_read.set()
+        may_go_on.wait(20)
+        reads.append(1)
+        yield peer_pb2.SendRequest()
+        reads.append(2)
+
+    stream = Outbound(1, slow())
+    with ThreadPoolExecutor(2) as threads:
+        sent = threads.submit(list[peer_pb2.SendRequest], stream.attempt())
+        assert is_read.wait(20)
+        closed = threads.submit(stream.close)
+        with pytest.raises(TimeoutError):
+            closed.result(0.1)
+        may_go_on.set()
+        closed.result(20)
+        assert (sent.result(20), reads) == ([], [1])
 
 
 @pytest.mark.parametrize("received", [-1, 4, 11])

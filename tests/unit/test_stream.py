@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockdev.blocks import Piece, batches, split_zeros
-from migrator.errors import PeerError
+from migrator.errors import Cancelled, PeerError
 from migrator.stream import MAX_PIECE_BYTES, Compression, Digests, Meter, Receiver, Sender
 from migrator.v1 import peer_pb2
 
@@ -178,3 +178,12 @@ def test_a_bandwidth_limit_holds_for_all_streams_together() -> None:
         list(streams.map(send, ("memory/1", "volume/0")))
     assert meter.content_bytes == {"memory": count * len(data), "volume": count * len(data)}
     assert meter.wire_bytes / (time.monotonic() - began) <= limit_bytes_per_s
+
+
+def test_who_waits_for_the_limit_is_told_when_it_has_to_end() -> None:
+    def check() -> None:
+        raise Cancelled("cancelled before the handover")
+
+    sender = Sender("m", 1, Digests(), Meter(1, check))
+    with pytest.raises(Cancelled):
+        list(sender.requests("log", [Piece(0, 4, b"line")]))

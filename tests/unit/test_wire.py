@@ -102,6 +102,17 @@ def test_a_replaced_object_stays_open_until_the_end() -> None:
     assert not open_files() - before
 
 
+def test_older_agents_take_what_is_sent_of_one_target() -> None:
+    """Only one that says whose it is has more pieces, and those go to who knows of them."""
+    sender = Sender("m", 1, Digests(), Meter())
+    told = [[offset, -4096] for offset in range(3 * BATCH_PIECES)]
+    requests = list(sender.batches("volume/0", (Batch(layout, b"") for layout in told)))
+    assert [len(request.parts) for request in requests] == [2 * BATCH_PIECES] * 3
+    whose = [Batch([7, 0, *([0, -4096] * BATCH_PIECES)], b"")] * 2
+    for request in sender.batches("memory", whose):
+        assert len(Receiver(Digests()).pieces(request)) == BATCH_PIECES + 1
+
+
 def test_there_is_a_limit_to_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_TARGETS", 3)
     digests = Digests()
